@@ -1,0 +1,33 @@
+"""The cross-entropy family for PyTorch: fused, numerically exact, differentiable every way torch is.
+
+Multi-class    ``cross_entropy(logits, labels)``                            one label a sample
+Multi-label    ``binary_cross_entropy_with_logits(logits, truth)``          a yes or no for every class
+Binary         either: two logits and a label, or one logit and a truth
+
+``binary_cross_entropy`` takes *probabilities*: like ``torch.nn.BCELoss`` it applies no sigmoid.
+"""
+
+from ._load import build_info, load
+
+load()
+
+from . import ops, reference  # noqa: E402, F401
+from .functional import (  # noqa: E402
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    check_targets,
+    cross_entropy,
+)
+from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss  # noqa: E402
+
+__version__ = build_info()["version"]
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "build_info",
+    "check_targets",
+    "cross_entropy",
+]

@@ -1,0 +1,47 @@
+"""Each loss in a few lines of plain torch: what it means, in any dtype, with every derivative torch can take.
+
+Slow, and no more accurate than its dtype; tests feed it float64. `csrc/numerics.h` has the same formulas arranged so
+that nothing cancels.
+"""
+
+import torch
+
+
+def _reduce(loss, reduction, divisor):
+    if reduction == "none":
+        return loss
+    return loss.sum() / divisor if reduction == "mean" else loss.sum()
+
+
+def cross_entropy(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    """``-sum_j q_j log softmax(input)_j`` with the masses ``q_j = w_j ((1 - s) t_j + s / C)``."""
+    dim = 0 if input.dim() == 1 else 1
+    classes = input.shape[dim]
+    log_p = input.log_softmax(dim)
+    soft = target.shape == input.shape
+    used = torch.ones_like(log_p.select(dim, 0), dtype=torch.bool) if soft else target != ignore_index
+    t = target if soft else torch.nn.functional.one_hot(torch.where(used, target, 0).long(), classes).to(log_p)
+    if not soft:
+        t = t.movedim(-1, dim)
+    w = torch.ones(classes, dtype=log_p.dtype) if weight is None else weight.to(log_p)
+    w = w.reshape(-1, *(1,) * (input.dim() - 1 - dim))
+    q = w * ((1 - label_smoothing) * t + label_smoothing / classes)
+    loss = torch.where(used, -torch.where(q == 0, 0, q * log_p).sum(dim), 0)
+    return _reduce(loss, reduction, loss.numel() if soft else ((w * t).sum(dim) * used).sum())
+
+
+def binary_cross_entropy_with_logits(input, target, weight=None, *, pos_weight=None, reduction="mean"):
+    """``(1 - y) softplus(x) + p y softplus(-x)``, times the weight."""
+    y = target.to(input.dtype)
+    p = 1 if pos_weight is None else pos_weight.to(input.dtype)
+    loss = -(1 - y) * torch.nn.functional.logsigmoid(-input) - p * y * torch.nn.functional.logsigmoid(input)
+    loss = loss if weight is None else loss * weight.to(input.dtype)
+    return _reduce(loss, reduction, loss.numel())
+
+
+def binary_cross_entropy(input, target, weight=None, *, reduction="mean"):
+    """``-y log x - (1 - y) log(1 - x)`` of probabilities x, each logarithm no lower than -100, times the weight."""
+    y = target.to(input.dtype)
+    loss = -y * input.log().clamp_min(-100) - (1 - y) * (-input).log1p().clamp_min(-100)
+    loss = loss if weight is None else loss * weight.to(input.dtype)
+    return _reduce(loss, reduction, loss.numel())

@@ -1,0 +1,69 @@
+// What a kernel is given: plain structs of pointers, sizes and strides. No torch here: both backends share them.
+//
+// A tensor is seen as rows x classes. Rows are the batch and spatial dimensions (N, d1, ..., dk), merged where
+// their strides allow, in their logical order: row r is element r of the contiguous loss and index target.
+#pragma once
+#include <cstdint>
+
+namespace cece {
+
+constexpr int kMaxDims = 8;  // merged dimensions; check.h copies a tensor that needs more
+
+enum class Dtype : int32_t { f64, f32, f16, bf16, u8, i8, i16, i32, i64 };  // bool is u8
+enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };             // torch's numbers
+
+struct Shape {
+  int dims;
+  int64_t size[kMaxDims];
+  int64_t count;  // product of size
+};
+
+struct Operand {
+  void* data;  // null: absent
+  Dtype dtype;
+  int64_t class_stride;      // elements; unused by elementwise losses
+  int64_t stride[kMaxDims];  // elements, one for each of Shape's dims; 0 where broadcast
+};
+
+// Acc is the type sums are formed in: double for f64 logits, else float.
+struct CrossEntropyArgs {
+  Shape rows;
+  int64_t classes;
+  Operand logits;         // rows x classes
+  Operand probabilities;  // rows x classes, or absent: then `labels`
+  const void* labels;     // (rows), contiguous: u8, i32 or i64
+  Dtype label_dtype;
+  const void* weight;  // (classes) Acc, or null
+  int64_t ignore_index;
+  double label_smoothing;
+  Reduction reduction;
+
+  void* stats;         // (3, rows) Acc: max, log_sum, mass
+  void* loss;          // (rows) Acc; scratch unless reduction is none
+  void* reduced;       // () Acc: the mean or sum
+  void* total_weight;  // () Acc: what a mean divides by
+  int64_t* bad_row;    // CPU: the first row with an impossible label, or rows.count
+
+  const void* grad_loss;  // Acc: (rows), or () when reduced
+  int64_t grad_stride;    // 1 or 0
+  Operand grad_logits;    // rows x classes
+};
+
+// Elementwise: one loss for each element of `shape`.
+struct BinaryCrossEntropyArgs {
+  Shape shape;
+  Operand input, target;
+  Operand weight, pos_weight;  // broadcast by zero strides, or absent
+  bool with_logits;
+  Reduction reduction;
+
+  Operand loss;      // shape, Acc; absent unless reduction is none
+  void* partial;     // (chunks) double or null: sums in a fixed order
+  int64_t* bad;      // CPU: the first element that is no probability, or shape.count
+  void* reduced;     // () Acc
+
+  Operand grad_loss;   // Acc, broadcast when reduced
+  Operand grad_input;  // shape
+};
+
+}  // namespace cece

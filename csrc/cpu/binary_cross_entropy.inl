@@ -1,0 +1,151 @@
+// Elementwise losses on a CPU: binary cross-entropy on logits or on probabilities.
+//
+// The tensors are walked in the logical order of their elements, a block of kBlock at a time. An operand that is
+// not a contiguous run there (broadcast, strided, of another dtype) is brought into a buffer in L1 first.
+#pragma once
+#include "block.h"
+#include "kernels.h"
+
+namespace cece::cpu {
+namespace {
+
+// f(offset, first, count) for the runs along the last dimension that make up elements begin ... begin + n - 1.
+template <class F>
+inline void each_run(const Shape& s, const Operand& t, int64_t begin, int64_t n, F&& f) {
+  const int last = s.dims - 1;
+  const int64_t inner = last < 0 ? 1 : s.size[last];
+  for (int64_t i = 0; i < n;) {
+    const int64_t count = std::min(n - i, inner - (begin + i) % inner);
+    f(offset_of(s, t, begin + i), i, count);
+    i += count;
+  }
+}
+
+inline int64_t inner_stride(const Shape& s, const Operand& t) { return s.dims ? t.stride[s.dims - 1] : 0; }
+
+// True where the n elements from begin on are one run.
+inline bool one_run(const Shape& s, int64_t begin, int64_t n) {
+  return s.dims < 2 || begin % s.size[s.dims - 1] + n <= s.size[s.dims - 1];
+}
+
+template <class A>
+inline const A* gather(const Shape& s, const Operand& t, int64_t begin, int64_t n, A* buffer) {
+  const int64_t stride = inner_stride(s, t);
+  if (one_run(s, begin, n)) return load(t, offset_of(s, t, begin), stride, n, buffer);
+  each_run(s, t, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+    const A* run = load(t, offset, stride, count, buffer + first);
+    if (run != buffer + first) std::copy_n(run, count, buffer + first);
+  });
+  return buffer;
+}
+
+template <class A>
+struct BinaryCrossEntropyOf {
+  using V = Vec<A>;
+  using Args = BinaryCrossEntropyArgs;
+  static constexpr int64_t kLanes = V::size();
+
+  struct Buffers {
+    alignas(64) A x[kBlock], y[kBlock], w[kBlock], p[kBlock], g[kBlock], out[kBlock];
+  };
+  struct Inputs {  // a block; w, p and g null where absent
+    const A *x, *y, *w, *p;
+  };
+  static Inputs read(const Args& a, int64_t begin, int64_t n, Buffers& b) {
+    const auto get = [&](const Operand& t, A* buffer) {
+      return t.data ? gather(a.shape, t, begin, n, buffer) : nullptr;
+    };
+    return {get(a.input, b.x), get(a.target, b.y), get(a.weight, b.w), get(a.pos_weight, b.p)};
+  }
+  static V optional(const A* t, int64_t i, int64_t count) { return t ? load_vector(t + i, count) : V(A(1)); }
+
+  template <class Loss>
+  static void check(const Args& a, const Inputs& in, int64_t begin, int64_t n) {
+    if constexpr (Loss::kProbabilities) {
+      const auto bad = [](A v) { return !(v >= A(0) && v <= A(1)); };
+      bool any = false;
+      for (int64_t i = 0; i < n; i++) any |= bad(in.x[i]) | bad(in.y[i]);
+      for (int64_t i = 0; any && i < n; i++) {
+        if (bad(in.x[i]) || bad(in.y[i])) return report(a.bad, begin + i);
+      }
+    }
+  }
+
+  template <class Loss>
+  static void forward_chunk(const Args& a, int64_t task) {
+    constexpr int64_t kSum = 8 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
+    Buffers b;
+    double total = 0;
+    const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
+    for (int64_t begin = task * kChunk; begin < end; begin += kBlock) {
+      const int64_t n = std::min(kBlock, end - begin);
+      const Inputs in = read(a, begin, n, b);
+      check<Loss>(a, in, begin, n);
+      A* out = a.loss.data ? static_cast<A*>(a.loss.data) + begin : nullptr;
+      for (int64_t from = 0; from < n; from += kSum) {
+        V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
+        int turn = 0;
+        each_vector<A>(std::min(kSum, n - from), [&](int64_t k, int64_t count) {
+          const int64_t i = from + k;
+          V loss = Loss::loss(load_vector(in.x + i, count), load_vector(in.y + i, count),
+                              optional(in.p, i, count));
+          if (in.w) loss = loss * load_vector(in.w + i, count);
+          if (out) {
+            store_vector(out + i, loss, count);
+          } else {
+            sum[turn++ & 3] += count == kLanes ? loss : V::set(V(A(0)), loss, count);
+          }
+        });
+        total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      }
+    }
+    if (a.partial) static_cast<double*>(a.partial)[task] = total;
+  }
+
+  template <class Loss>
+  static void backward_chunk(const Args& a, int64_t task) {
+    Buffers b;
+    const A scale = a.reduction == Reduction::mean ? A(1) / A(a.shape.count) : A(1);
+    const int64_t out_stride = inner_stride(a.shape, a.grad_input);
+    const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
+    for (int64_t begin = task * kChunk; begin < end; begin += kBlock) {
+      const int64_t n = std::min(kBlock, end - begin);
+      const Inputs in = read(a, begin, n, b);
+      const A* g = a.reduction == Reduction::none ? gather(a.shape, a.grad_loss, begin, n, b.g) : nullptr;
+      const V common(g ? A(1) : *static_cast<const A*>(a.grad_loss.data) * scale);
+      const bool direct = one_run(a.shape, begin, n);
+      A* out = direct ? room(a.grad_input, offset_of(a.shape, a.grad_input, begin), out_stride, b.out) : b.out;
+      each_vector<A>(n, [&](int64_t i, int64_t count) {
+        V slope = Loss::slope(load_vector(in.x + i, count), load_vector(in.y + i, count),
+                              optional(in.p, i, count));
+        if (in.w) slope = slope * load_vector(in.w + i, count);
+        store_vector(out + i, slope * (g ? load_vector(g + i, count) : common), count);
+      });
+      each_run(a.shape, a.grad_input, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+        A* place = room(a.grad_input, offset, out_stride, out + first);
+        if (place != out + first) std::copy_n(out + first, count, place);
+        store(a.grad_input, offset, out_stride, count, out + first);
+      });
+    }
+  }
+
+  template <class F>
+  static void visit_loss(const Args& a, F&& f) {
+    a.with_logits ? f(BinaryCrossEntropyWithLogits{}) : f(BinaryCrossEntropy{});
+  }
+  static void forward(const Args& a, int64_t begin, int64_t end) {
+    visit_loss(a, [&](auto loss) {
+      for (int64_t task = begin; task < end; task++) forward_chunk<decltype(loss)>(a, task);
+    });
+  }
+  static void backward(const Args& a, int64_t begin, int64_t end) {
+    visit_loss(a, [&](auto loss) {
+      for (int64_t task = begin; task < end; task++) backward_chunk<decltype(loss)>(a, task);
+    });
+  }
+
+  static constexpr BinaryCrossEntropyKernels<A> kernels = {forward, backward};
+};
+
+}  // namespace
+}  // namespace cece::cpu

@@ -1,0 +1,177 @@
+// Blocks of a tensor as lanes of Acc in L1: the one place where dtypes, strides and broadcasting are dealt with.
+// A kernel asks for a run of elements and gets a pointer: into the tensor itself where that already is a run of
+// Acc, else into its own buffer.
+#pragma once
+#include "../args.h"
+#include "vec.h"
+
+namespace cece::cpu {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+
+constexpr int64_t kBlock = 1024;  // elements of a buffer: a few of them stay in a 32 KiB L1
+
+template <class S>
+struct Type {
+  using type = S;
+};
+
+// The dtype table: f(Type<S>{}) with the C++ type S.
+template <class F>
+inline void visit(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f64: return f(Type<double>{});
+    case Dtype::f32: return f(Type<float>{});
+    case Dtype::f16: return f(Type<Half>{});
+    case Dtype::bf16: return f(Type<BFloat16>{});
+    case Dtype::u8: return f(Type<uint8_t>{});
+    case Dtype::i8: return f(Type<int8_t>{});
+    case Dtype::i16: return f(Type<int16_t>{});
+    case Dtype::i32: return f(Type<int32_t>{});
+    case Dtype::i64: return f(Type<int64_t>{});
+  }
+}
+
+inline int64_t size_of(Dtype dtype) {
+  constexpr int64_t size[] = {8, 4, 2, 2, 1, 1, 2, 4, 8};
+  return size[int(dtype)];
+}
+
+template <class S>
+constexpr bool is_reduced = std::is_same_v<S, Half> || std::is_same_v<S, BFloat16>;
+inline auto widen(Vec<Half> x) { return at::vec::convert_half_float(x); }
+inline auto widen(Vec<BFloat16> x) { return at::vec::convert_bfloat16_float(x); }
+inline auto narrow(Type<Half>, Vec<float> a, Vec<float> b) { return at::vec::convert_float_half(a, b); }
+inline auto narrow(Type<BFloat16>, Vec<float> a, Vec<float> b) { return at::vec::convert_float_bfloat16(a, b); }
+
+template <class A, class S>
+inline void convert(const S* x, int64_t n, A* out) {
+  int64_t i = 0;
+  if constexpr (is_reduced<S> && std::is_same_v<A, float>) {
+    for (; i + Vec<S>::size() <= n; i += Vec<S>::size()) {
+      const auto [low, high] = widen(Vec<S>::loadu(x + i));
+      low.store(out + i);
+      high.store(out + i + Vec<float>::size());
+    }
+  }
+  for (; i < n; i++) out[i] = static_cast<A>(x[i]);
+}
+
+template <class A, class S>
+inline void convert_back(const A* x, int64_t n, S* out) {
+  int64_t i = 0;
+  if constexpr (is_reduced<S> && std::is_same_v<A, float>) {
+    for (; i + Vec<S>::size() <= n; i += Vec<S>::size()) {
+      narrow(Type<S>{}, Vec<float>::loadu(x + i), Vec<float>::loadu(x + i + Vec<float>::size())).store(out + i);
+    }
+  }
+  for (; i < n; i++) out[i] = static_cast<S>(x[i]);
+}
+
+template <class A>
+constexpr Dtype dtype_of = std::is_same_v<A, float> ? Dtype::f32 : Dtype::f64;
+
+// Elements offset, offset + stride, ... of a tensor, n of them; buffer holds n.
+template <class A>
+inline const A* load(const Operand& t, int64_t offset, int64_t stride, int64_t n, A* buffer) {
+  if (t.dtype == dtype_of<A> && stride == 1) return static_cast<const A*>(t.data) + offset;
+  visit(t.dtype, [&](auto type) {
+    const auto* x = static_cast<const typename decltype(type)::type*>(t.data) + offset;
+    if (stride == 1) {
+      convert(x, n, buffer);
+    } else if (stride == 0) {
+      std::fill_n(buffer, n, static_cast<A>(*x));
+    } else {
+      for (int64_t i = 0; i < n; i++) buffer[i] = static_cast<A>(x[i * stride]);
+    }
+  });
+  return buffer;
+}
+
+// Where to compute elements that `store` then puts there.
+template <class A>
+inline A* room(const Operand& t, int64_t offset, int64_t stride, A* buffer) {
+  return t.dtype == dtype_of<A> && stride == 1 ? static_cast<A*>(t.data) + offset : buffer;
+}
+template <class A>
+inline void store(const Operand& t, int64_t offset, int64_t stride, int64_t n, const A* x) {
+  if (t.dtype == dtype_of<A> && stride == 1) return;
+  visit(t.dtype, [&](auto type) {
+    auto* out = static_cast<typename decltype(type)::type*>(t.data) + offset;
+    if (stride == 1) {
+      convert_back(x, n, out);
+    } else {
+      for (int64_t i = 0; i < n; i++) out[i * stride] = static_cast<typename decltype(type)::type>(x[i]);
+    }
+  });
+}
+
+template <class A>
+inline A load_one(const Operand& t, int64_t offset) {
+  A value{};
+  visit(t.dtype, [&](auto type) {
+    value = static_cast<A>(static_cast<const typename decltype(type)::type*>(t.data)[offset]);
+  });
+  return value;
+}
+template <class A>
+inline void store_one(const Operand& t, int64_t offset, A value) {
+  visit(t.dtype, [&](auto type) {
+    using S = typename decltype(type)::type;
+    static_cast<S*>(t.data)[offset] = static_cast<S>(value);
+  });
+}
+
+inline int64_t offset_of(const Shape& s, const Operand& t, int64_t row) {
+  int64_t offset = 0;
+  for (int d = s.dims - 1; d > 0; d--) {
+    offset += row % s.size[d] * t.stride[d];
+    row /= s.size[d];
+  }
+  return s.dims ? offset + row * t.stride[0] : 0;
+}
+
+// f(i, count) for vectors of a run: count is the vector's size but for a last, shorter one.
+template <class A, class F>
+inline __attribute__((always_inline)) void each_vector(int64_t n, F&& f) {
+  constexpr int64_t V = Vec<A>::size();
+  int64_t i = 0;
+  for (; i + V <= n; i += V) f(i, V);
+  if (i < n) f(i, n - i);
+}
+template <class A>
+inline __attribute__((always_inline)) Vec<A> load_vector(const A* x, int64_t count) {
+  return count == Vec<A>::size() ? Vec<A>::loadu(x) : Vec<A>::loadu(x, count);
+}
+template <class A>
+inline __attribute__((always_inline)) void store_vector(A* out, Vec<A> x, int64_t count) {
+  count == Vec<A>::size() ? x.store(out) : x.store(out, count);
+}
+
+// combine() over the lanes, as a tree
+template <class A, class F>
+inline A reduce_lanes(Vec<A> x, F&& combine) {
+  A lane[Vec<A>::size()];
+  x.store(lane);
+  for (int half = Vec<A>::size() / 2; half; half /= 2) {
+    for (int i = 0; i < half; i++) lane[i] = combine(lane[i], lane[i + half]);
+  }
+  return lane[0];
+}
+template <class A>
+inline A sum_lanes(Vec<A> x) {
+  return reduce_lanes(x, [](A a, A b) { return a + b; });
+}
+
+// The lowest index that any thread reports.
+inline void report(int64_t* first, int64_t index) {
+  int64_t seen = __atomic_load_n(first, __ATOMIC_RELAXED);
+  while (index < seen &&
+         !__atomic_compare_exchange_n(first, &seen, index, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+}  // namespace
+}  // namespace cece::cpu

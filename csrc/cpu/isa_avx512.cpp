@@ -1,0 +1,4 @@
+#define CPU_CAPABILITY AVX512
+#define CPU_CAPABILITY_AVX512
+#include "isa.inl"
+CECE_KERNELS(kAvx512, "AVX512")

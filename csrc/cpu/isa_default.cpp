@@ -1,0 +1,4 @@
+#define CPU_CAPABILITY DEFAULT
+#define CPU_CAPABILITY_DEFAULT
+#include "isa.inl"
+CECE_KERNELS(kDefault, "DEFAULT")

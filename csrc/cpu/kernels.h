@@ -1,0 +1,50 @@
+// The CPU kernels as a table: one row for each instruction set (isa_*.cpp), picked once at run time (ops.cpp).
+#pragma once
+#include "../args.h"
+
+namespace cece::cpu {
+
+// Forward of cross-entropy before a row is finished; a long row is split and its parts merged in order.
+struct RowState {
+  double max, rest, gaps, mass;
+};
+
+// Work is cut the same way whatever the number of threads, so that results are bit-identical for any.
+constexpr int64_t kSegment = 1 << 16;  // classes of one row that one task handles
+constexpr int64_t kPixels = 256;       // rows that a task handles side by side, one a lane
+constexpr int64_t kChunk = 1 << 14;    // elements of an elementwise loss that one task handles
+
+// Rows side by side when a row's classes are few or far apart, else one row at a time.
+inline bool side_by_side(const CrossEntropyArgs& a) {
+  const int64_t pixel_stride = a.rows.dims ? a.logits.stride[a.rows.dims - 1] : 0;
+  return a.classes <= 48 || (a.logits.class_stride != 1 && pixel_stride == 1);
+}
+
+template <class A>
+struct CrossEntropyKernels {
+  // tasks: (row, segment) pairs, row-major; states: one a task, null when a row is one segment
+  void (*forward_rows)(const CrossEntropyArgs&, RowState* states, int64_t begin, int64_t end);
+  void (*finish_rows)(const CrossEntropyArgs&, const RowState* states, int64_t begin, int64_t end);
+  void (*backward_rows)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  // tasks: blocks of kPixels rows along the last dimension
+  void (*forward_pixels)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*backward_pixels)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*reduce)(const CrossEntropyArgs&);
+};
+
+template <class A>
+struct BinaryCrossEntropyKernels {  // tasks: chunks of kChunk elements
+  void (*forward)(const BinaryCrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*backward)(const BinaryCrossEntropyArgs&, int64_t begin, int64_t end);
+};
+
+struct Kernels {
+  const char* isa;  // as at::get_cpu_capability() names it
+  CrossEntropyKernels<float> cross_entropy_f32;
+  CrossEntropyKernels<double> cross_entropy_f64;
+  BinaryCrossEntropyKernels<float> binary_cross_entropy_f32;
+  BinaryCrossEntropyKernels<double> binary_cross_entropy_f64;
+};
+extern const Kernels kDefault, kAvx2, kAvx512;
+
+}  // namespace cece::cpu

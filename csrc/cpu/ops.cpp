@@ -1,0 +1,224 @@
+// The CPU backend's tensor side: pick the ISA, allocate, cut the work into tasks.
+#include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/library.h>
+
+#include "../build_info.h"
+#include "../check.h"
+#include "kernels.h"
+#include "pages.h"
+
+namespace cece {
+namespace cpu {
+namespace {
+
+// Most capable first. at::get_cpu_capability() honours ATEN_CPU_CAPABILITY, so cece always agrees with torch.
+const Kernels* const kIsas[] = {
+#ifdef CECE_X86
+    &kAvx512, &kAvx2,
+#endif
+    &kDefault};
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = [] {
+    const std::string capability = at::get_cpu_capability();
+    for (const Kernels* k : kIsas) {
+      if (capability == k->isa) return k;
+    }
+    return &kDefault;
+  }();
+  return *chosen;
+}
+
+// task(begin, end) on torch's threads, at least `grain` tasks each. The C shim and not at::parallel_for, which is
+// a template that would need an OpenMP of our own.
+template <class F>
+void parallel(int64_t tasks, int64_t grain, F&& task) {
+  if (tasks <= grain) {
+    if (tasks > 0) task(int64_t(0), tasks);
+    return;
+  }
+  const auto call = [](int64_t begin, int64_t end, void* f) { (*static_cast<F*>(f))(begin, end); };
+  TORCH_CHECK(torch_parallel_for(0, tasks, grain, call, const_cast<void*>(static_cast<const void*>(&task))) == 0,
+              "cece: parallel loop failed");
+}
+constexpr int64_t kWorthAThread = 1 << 14;  // elements
+int64_t grain(int64_t elements_per_task) { return std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, elements_per_task)); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// empty_like, large ones from pages.h
+Tensor empty_gradient(const Tensor& like) {
+  Tensor plain = at::empty_like(like);
+  const size_t bytes = plain.nbytes();
+  if (bytes < Pages::kLeast || plain.storage().nbytes() != bytes) return plain;
+  void* start = Pages::global().take(bytes);
+  if (!start) return plain;
+  c10::reportMemoryUsageToProfiler(start, int64_t(bytes), 0, bytes, c10::Device(c10::kCPU));
+  const auto free = [bytes](void* p) {
+    c10::reportMemoryUsageToProfiler(p, -int64_t(bytes), 0, 0, c10::Device(c10::kCPU));
+    Pages::global().give_back(p, bytes);
+  };
+  return at::from_blob(start, plain.sizes(), plain.strides(), free, plain.options());
+}
+
+template <class F>
+void visit_acc(at::ScalarType acc, F&& f) {  // f(kernels of cross-entropy, kernels of binary cross-entropy)
+  const Kernels& k = kernels();
+  acc == at::kDouble ? f(k.cross_entropy_f64, k.binary_cross_entropy_f64)
+                     : f(k.cross_entropy_f32, k.binary_cross_entropy_f32);
+}
+
+// ---- cross-entropy
+
+int64_t segments(const CrossEntropyArgs& a) { return ceil_div(a.classes, kSegment); }
+
+int64_t pixel_tasks(const CrossEntropyArgs& a) {
+  const int64_t inner = a.rows.dims ? a.rows.size[a.rows.dims - 1] : 1;
+  return inner ? a.rows.count / inner * ceil_div(inner, kPixels) : 0;
+}
+
+void raise_bad_label(const CrossEntropyCall& call, int64_t row) {
+  const Tensor labels = call.target.reshape({-1});
+  const int64_t label = labels[row].item<int64_t>();
+  TORCH_CHECK_INDEX(false, "cece.cross_entropy: Target ", label, " is out of bounds: target",
+                    position(call.row_sizes, row), " must be in [0, ", call.args.classes,
+                    ") or equal ignore_index (", call.args.ignore_index, "), got ", label);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                         const MaybeTensor& weight, int64_t reduction,
+                                                         int64_t ignore_index, double label_smoothing, bool) {
+  CrossEntropyCall call = check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+  CrossEntropyArgs& a = call.args;
+  CrossEntropyOutputs out = allocate_outputs(call);
+  int64_t bad_row = a.rows.count;
+  a.bad_row = &bad_row;
+  visit_acc(call.acc, [&](const auto& k, const auto&) {
+    if (side_by_side(a)) {
+      parallel(pixel_tasks(a), grain(kPixels * a.classes), [&](int64_t b, int64_t e) { k.forward_pixels(a, b, e); });
+    } else {
+      const int64_t parts = segments(a), cost = std::min(a.classes, kSegment);
+      std::vector<RowState> states(parts > 1 ? a.rows.count * parts : 0);
+      RowState* const s = parts > 1 ? states.data() : nullptr;
+      parallel(a.rows.count * parts, grain(cost), [&](int64_t b, int64_t e) { k.forward_rows(a, s, b, e); });
+      if (s) k.finish_rows(a, s, 0, a.rows.count);
+    }
+    if (bad_row < a.rows.count) raise_bad_label(call, bad_row);
+    if (a.reduction != Reduction::none) k.reduce(a);
+  });
+  return {out.loss, out.stats, out.total_weight};
+}
+
+void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+                    const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                    double label_smoothing, const Tensor& grad_logits) {
+  CrossEntropyCall call = check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
+  const auto held = check_saved(call, grad, stats, total_weight);
+  const CrossEntropyArgs& a = call.args;
+  visit_acc(call.acc, [&](const auto& k, const auto&) {
+    if (side_by_side(a)) {
+      parallel(pixel_tasks(a), grain(kPixels * a.classes), [&](int64_t b, int64_t e) { k.backward_pixels(a, b, e); });
+    } else {
+      parallel(a.rows.count * segments(a), grain(std::min(a.classes, kSegment)),
+               [&](int64_t b, int64_t e) { k.backward_rows(a, b, e); });
+    }
+  });
+}
+
+Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                              const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  Tensor grad_logits = empty_gradient(logits);
+  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, grad_logits);
+  return grad_logits;
+}
+
+void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                             const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
+                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
+}
+
+// ---- binary cross-entropy
+
+Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
+                                    const MaybeTensor& pos_weight, bool with_logits, int64_t reduction) {
+  BinaryCrossEntropyCall call = check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction);
+  BinaryCrossEntropyArgs& a = call.args;
+  const bool none = a.reduction == Reduction::none;
+  const auto options = input.options().dtype(call.acc);
+  Tensor loss = none ? at::empty(input.sizes(), options) : at::empty({}, options);
+  const int64_t chunks = ceil_div(a.shape.count, kChunk);
+  std::vector<double> partial(none ? 0 : chunks);
+  if (none) {
+    a.loss.data = loss.mutable_data_ptr();
+  } else {
+    a.partial = partial.data();
+  }
+  int64_t bad = a.shape.count;
+  a.bad = &bad;
+  visit_acc(call.acc, [&](const auto&, const auto& k) {
+    parallel(chunks, 1, [&](int64_t b, int64_t e) { k.forward(a, b, e); });
+  });
+  if (bad < a.shape.count) {
+    const auto at = [&](const Tensor& t) { return t.reshape({-1})[bad].item<double>(); };
+    const double x = at(input), y = at(target);
+    const bool is_input = !(x >= 0 && x <= 1);
+    TORCH_CHECK(false, "cece.binary_cross_entropy: all elements of ", is_input ? "input" : "target",
+                " should be between 0 and 1, got ", is_input ? "input" : "target", position(input.sizes(), bad), " = ",
+                is_input ? x : y,
+                is_input ? "; for logits use binary_cross_entropy_with_logits, this loss applies no sigmoid" : "");
+  }
+  if (!none) {
+    double total = 0;
+    for (const double p : partial) total += p;
+    if (a.reduction == Reduction::mean) total /= double(a.shape.count);
+    loss.fill_(total);
+  }
+  return loss;
+}
+
+Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                     const MaybeTensor& weight, const MaybeTensor& pos_weight, bool with_logits,
+                                     int64_t reduction) {
+  Tensor grad_input = empty_gradient(input);
+  BinaryCrossEntropyCall call =
+      check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction, &grad, &grad_input);
+  const BinaryCrossEntropyArgs& a = call.args;
+  visit_acc(call.acc, [&](const auto&, const auto& k) {
+    parallel(ceil_div(a.shape.count, kChunk), 1, [&](int64_t b, int64_t e) { k.backward(a, b, e); });
+  });
+  return grad_input;
+}
+
+}  // namespace
+}  // namespace cpu
+
+BuildInfo build_info() {
+  BuildInfo info;
+  info.version = CECE_VERSION;
+  info.torch = CECE_TORCH;
+  for (const cpu::Kernels* k : cpu::kIsas) info.cpu_isas.push_back(k->isa);
+  info.cpu_isa = cpu::kernels().isa;
+  for (const char* arch : {CECE_CUDA_ARCHS}) {
+    if (arch) info.cuda_archs.push_back(arch);
+  }
+  info.compiler = "g++ " __VERSION__;
+  return info;
+}
+
+}  // namespace cece
+
+TORCH_LIBRARY_IMPL(cece, CPU, m) {
+  using namespace cece::cpu;
+  m.impl("cross_entropy_forward", cross_entropy_forward);
+  m.impl("cross_entropy_backward", cross_entropy_backward);
+  m.impl("cross_entropy_backward_", cross_entropy_backward_);
+  m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
+  m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
+}

@@ -1,0 +1,205 @@
+// Cross-entropy, page by page: every formula of the library, written once.
+//
+// T is a float or double on one lane of a GPU or CPU, or a SIMD vector of them (cpu/vec.h). A formula uses
+// only the primitives of the first section, which each kind of lane overloads. No torch, no CUDA header.
+//
+//   entropy        H(t)    = - sum_j t_j log t_j
+//   cross-entropy  H(t, p) = - sum_j t_j log p_j  =  H(t) + KL(t || p)
+//   multi-class    p = softmax(x), one label y:        loss = log(sum_j e^{x_j}) - x_y
+//   binary         p = sigmoid(x), one target y:       loss = -y log p - (1 - y) log(1 - p)
+//   multi-label    the binary loss, once for every class
+//
+// All losses are arranged as sums of non-negative terms, so that nothing cancels: a loss of 1e-20 is right to
+// its last bits. Where a factor is 0 its term is 0, also beside an infinity or a NaN (`times`).
+#pragma once
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define CECE_HD __host__ __device__ __forceinline__
+#else
+#define CECE_HD inline __attribute__((always_inline))
+#endif
+
+namespace cece {
+
+// ------------------------------------------------------------------------------------------- primitives
+// Scalar overloads; cpu/vec.h has those of SIMD vectors. A comparison of vectors is a vector of masks.
+
+template <class T>
+struct LaneOf {  // the scalar type of one lane
+  using type = T;
+};
+template <class T>
+CECE_HD T lowest() {
+  return T(std::numeric_limits<typename LaneOf<T>::type>::lowest());
+}
+template <class T>
+CECE_HD T select(bool mask, T a, T b) {
+  return mask ? a : b;
+}
+CECE_HD bool greater(float a, float b) { return a > b; }
+CECE_HD bool greater(double a, double b) { return a > b; }
+CECE_HD bool equal(float a, float b) { return a == b; }
+CECE_HD bool equal(double a, double b) { return a == b; }
+CECE_HD float abs_(float x) { return ::fabsf(x); }
+CECE_HD double abs_(double x) { return ::fabs(x); }
+
+// e^x for x <= 0. float: at most 2 ULP, with gradual underflow; 0 at -inf.
+CECE_HD float exp_nonpositive(float x) { return ::expf(x); }
+CECE_HD double exp_nonpositive(double x) { return ::exp(x); }
+// log(1 + z) for z >= -1, and a faster one for 0 <= z <= 1
+CECE_HD float log1p_(float z) { return ::log1pf(z); }
+CECE_HD double log1p_(double z) { return ::log1p(z); }
+CECE_HD float log1p_unit(float z) { return ::log1pf(z); }
+CECE_HD double log1p_unit(double z) { return ::log1p(z); }
+// log(z), for z in [0, 1]
+CECE_HD float log_(float z) { return ::logf(z); }
+CECE_HD double log_(double z) { return ::log(z); }
+CECE_HD float expm1_(float x) { return ::expm1f(x); }
+CECE_HD double expm1_(double x) { return ::expm1(x); }
+
+// a * b, but 0 wherever a is 0: an impossible outcome costs nothing, however impossible.
+template <class T>
+CECE_HD T times(T a, T b) {
+  return select(equal(a, T(0)), T(0), a * b);
+}
+// The greater of x and 0. A NaN stays one.
+template <class T>
+CECE_HD T positive_part(T x) {
+  return select(greater(T(0), x), T(0), x);
+}
+
+// -------------------------------------------------------------------------------- softmax cross-entropy
+
+// log(sum_j e^{x_j}), as it is read. `rest` is the sum of e^{x_j - max} without one of the terms that equal 1
+// (a maximal element's), so log(sum) = max + log1p(rest) keeps all of a small rest: with p_y -> 1 the loss is
+// log1p(rest) and not log(1 + 1e-20) = 0. The empty state has the lowest finite maximum, so that it merges
+// with a row of -inf without a NaN, and rest = -1, so that `rest + 1` is the empty sum.
+template <class T>
+struct LogSumExp {
+  T max = lowest<T>();
+  T rest = T(-1);
+
+  CECE_HD void merge(const LogSumExp& o) {
+    const T d = o.max - max, z = exp_nonpositive(-abs_(d));
+    const auto bigger = greater(d, T(0));
+    rest = select(bigger, o.rest + (rest + T(1)) * z, rest + (o.rest + T(1)) * z);
+    max = select(bigger, o.max, max);
+  }
+  CECE_HD void push(T x) {  // merge({x, 0}) without its zeros
+    const T d = x - max, z = exp_nonpositive(-abs_(d));
+    const auto bigger = greater(d, T(0));
+    rest = select(bigger, (rest + T(1)) * z, rest + z);
+    max = select(bigger, x, max);
+  }
+  CECE_HD T log_sum() const { return log1p_(rest); }
+};
+
+// max - x >= 0, and 0 where both are +inf: a single infinite logit is a certainty.
+template <class T>
+CECE_HD T gap(T x, T max) {
+  return select(equal(x, max), T(0), max - x);
+}
+// -log p_j. The order matters: (max + log_sum) - x loses bits when logits are offset by 1e4.
+template <class T>
+CECE_HD T negative_log_probability(T x, T max, T log_sum) {
+  return gap(x, max) + log_sum;
+}
+template <class T>
+CECE_HD T probability(T x, T max, T log_sum) {
+  return exp_nonpositive(-negative_log_probability(x, max, log_sum));
+}
+
+// The target of one row as masses q_j on the classes:
+//   class index y    q_j = w_j ((1 - s) [j = y] + s / C)      s = label_smoothing, w = class weights
+//   probabilities t  q_j = w_j ((1 - s) t_j     + s / C)
+// Then loss = sum_j q_j (-log p_j) and dloss/dx_j = p_j sum_k q_k - q_j.
+// (Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7, for s.)
+template <class T>
+CECE_HD T smoothed(T t, T keep, T spread) {  // keep = 1 - s, spread = s / C
+  return t * keep + spread;
+}
+
+// sum_j q_j (max - x_j) and sum_j q_j of a target with many non-zero masses, kept relative to a running max.
+template <class T>
+struct TargetGaps {
+  T gaps = T(0);
+  T mass = T(0);
+
+  CECE_HD void push(T q, T x, T max) {  // max: already the maximum of all pushed and of x
+    gaps = gaps + times(q, gap(x, max));
+    mass = mass + q;
+  }
+  CECE_HD void rebase(T old_max, T max) { gaps = gaps + times(mass, gap(old_max, max)); }
+};
+
+// The loss of a row from its parts: `kept` is the label's own mass (0 for probability targets).
+template <class T>
+CECE_HD T row_loss(T kept, T label_logit, TargetGaps<T> rest, T max, T log_sum) {
+  return times(kept, negative_log_probability(label_logit, max, log_sum)) + rest.gaps +
+         times(rest.mass, log_sum);
+}
+
+// dloss/dx_j = p_j mass - q_j, for a class that is not the label or any class of a probability target.
+template <class T>
+CECE_HD T row_slope(T x, T max, T log_sum, T mass, T q) {
+  return probability(x, max, log_sum) * mass - q;
+}
+// The same for the label: p_y - 1 = expm1(-nll) keeps its bits where p_y rounds to 1.
+template <class T>
+CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {
+  const T nll = negative_log_probability(x, max, log_sum);
+  return times(kept, expm1_(-nll)) + (exp_nonpositive(-nll) * spread_mass - q);
+}
+
+// --------------------------------------------------------------------------------- binary cross-entropy
+
+// On logits: (1 - y) softplus(x) + p y softplus(-x), with softplus(x) = max(x, 0) + log1p(e^{-|x|}) and p the
+// pos_weight. The textbook's max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
+struct BinaryCrossEntropyWithLogits {
+  static constexpr bool kProbabilities = false;
+
+  template <class T>
+  CECE_HD static T loss(T x, T y, T pos_weight) {
+    const T negative = T(1) - y, positive = pos_weight * y;
+    const T log_term = log1p_unit(exp_nonpositive(-abs_(x)));
+    return times(negative, positive_part(x)) + times(positive, positive_part(-x)) +
+           (negative + positive) * log_term;
+  }
+  // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential
+  template <class T>
+  CECE_HD static T slope(T x, T y, T pos_weight) {
+    const T z = exp_nonpositive(-abs_(x)), big = T(1) / (T(1) + z), small = z * big;
+    const auto below = greater(T(0), x);
+    return (T(1) - y) * select(below, small, big) - pos_weight * y * select(below, big, small);
+  }
+};
+
+// On probabilities: -y log x - (1 - y) log(1 - x), each logarithm no lower than -100 and the slope's
+// denominator no lower than 1e-12, as torch defines them (aten/src/ATen/native/Loss.cpp).
+struct BinaryCrossEntropy {
+  static constexpr bool kProbabilities = true;
+
+  template <class T>
+  CECE_HD static T capped(T minus_log) {
+    return select(greater(minus_log, T(100)), T(100), minus_log);
+  }
+  template <class T>
+  CECE_HD static T loss(T x, T y, T) {
+    return y * capped(-log_(x)) + (T(1) - y) * capped(-log1p_minus(x));
+  }
+  template <class T>
+  CECE_HD static T slope(T x, T y, T) {
+    const T variance = (T(1) - x) * x, least = T(1e-12);
+    return (x - y) / select(greater(least, variance), least, variance);
+  }
+  // log(1 - x): the rounding of 1 - x, which is known exactly, is put back to first order.
+  template <class T>
+  CECE_HD static T log1p_minus(T x) {
+    const T q = T(1) - x, lost = (T(1) - q) - x;
+    return select(equal(q, T(0)), log_(q), log_(q) + lost / q);
+  }
+};
+
+}  // namespace cece
