@@ -7,7 +7,9 @@
 // of torch's own loss at (128, 10): 70 to 117 us against 47. Every torch.func transform, torch.compile and
 // torch.export see ordinary operators.
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
@@ -15,23 +17,72 @@ namespace cece {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using MaybeTensor = std::optional<Tensor>;
-using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kNone = 0, kMean = 1;
 
 Tensor get(const MaybeTensor& t) { return t.has_value() ? *t : Tensor(); }
 MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
 
-bool needs_graph(std::initializer_list<Tensor> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  for (const Tensor& t : tensors) {
-    if (t.defined() && t.requires_grad()) return true;
+// A node of the graph: the saved inputs (the first of which have an edge each), the options of the call, and the
+// function from those and an incoming gradient to the edges' gradients. torch's own nodes are made like this; its
+// C++ autograd::Function refuses torch.func.
+template <class Options>
+struct LossNode : torch::autograd::Node {
+  using Derive = variable_list (*)(const LossNode& node, const Tensors& saved, const Tensor& grad);
+
+  LossNode(const char* name, Derive derive, const Options& options, const Tensors& tensors, size_t edges)
+      : options(options), name_(name), derive_(derive) {
+    for (const Tensor& t : tensors) saved_.emplace_back(t, /*is_output=*/false);
+    for (size_t i = 0; i < edges; i++) {
+      add_next_edge(tensors[i].defined() ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
+    }
   }
-  return false;
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list none(num_outputs());
+    if (!grads[0].defined()) return none;
+    Tensors tensors;
+    for (const SavedVariable& s : saved_) tensors.push_back(s.unpack());
+    return derive_(*this, tensors, grads[0]);
+  }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& s : saved_) s.reset_data();
+  }
+  std::string name() const override { return name_; }
+  bool needs(size_t edge) const { return task_should_compute_output(edge); }
+
+  const Options options;
+
+ private:
+  const char* name_;
+  Derive derive_;
+  std::vector<SavedVariable> saved_;
+};
+
+// A node as this torch owns one: by c10::intrusive_ptr, before 2.13 by std::shared_ptr.
+template <class Node, class... Args>
+auto make_node(Args&&... args) {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>) {
+    return c10::make_intrusive<Node>(std::forward<Args>(args)...);
+  } else {
+    return std::shared_ptr<Node>(new Node(std::forward<Args>(args)...), [](auto* node) { deleteNode(node); });
+  }
 }
+
+template <class Options>
+void record(const Tensor& result, const char* name, typename LossNode<Options>::Derive derive, const Options& options,
+            const Tensors& tensors, size_t edges) {
+  bool wanted = false;
+  for (size_t i = 0; i < edges; i++) wanted = wanted || (tensors[i].defined() && tensors[i].requires_grad());
+  if (!wanted || !at::GradMode::is_enabled()) return;
+  torch::autograd::set_history(result, make_node<LossNode<Options>>(name, derive, options, tensors, edges));
+}
+
 // Forward mode: a tensor may carry a tangent.
 Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(/*level=*/0) : Tensor(); }
 Tensor primal(const Tensor& t) { return tangent(t).defined() ? t._fw_primal(0) : t; }
@@ -41,11 +92,10 @@ bool has_tangent(std::initializer_list<Tensor> tensors) {
   }
   return false;
 }
-Tensor plus(const Tensor& a, const Tensor& b) { return a.defined() ? a + b : b; }
-// The tangent as torch wants it beside a tensor: of its dtype.
-Tensor dual(const Tensor& value, const Tensor& t) {
-  return t.defined() ? at::_make_dual(value, t.to(value.scalar_type()), 0) : value;
+void set_tangent(const Tensor& result, const Tensor& t) {
+  if (t.defined()) result._set_fw_grad(t.to(result.scalar_type()), /*level=*/0, /*is_inplace_op=*/false);
 }
+Tensor plus(const Tensor& a, const Tensor& b) { return a.defined() ? a + b : b; }
 Tensor like(const Tensor& grad, const Tensor& t) { return grad.sum_to_size(t.sizes()).to(t.scalar_type()); }
 
 // =============================================================================================== cross-entropy
@@ -57,8 +107,17 @@ at::ScalarType acc_of(const Tensor& logits, const Tensor& target) {
 struct Options {
   int64_t reduction, ignore_index;
   double label_smoothing;
+  bool inplace = false;
 };
+using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor>;
 
+ForwardOutputs call_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, const Options& o) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("cece::cross_entropy_forward", "")
+          .typed<ForwardOutputs(const Tensor&, const Tensor&, const MaybeTensor&, int64_t, int64_t, double, bool)>();
+  return op.call(x, t, w, o.reduction, o.ignore_index, o.label_smoothing, o.inplace);
+}
 Tensor call_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const MaybeTensor& w, const Tensor& stats,
                      const Tensor& total, const Options& o) {
   static const auto op =
@@ -68,12 +127,19 @@ Tensor call_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const
                         int64_t, int64_t, double)>();
   return op.call(grad, x, t, w, stats, total, o.reduction, o.ignore_index, o.label_smoothing);
 }
-ForwardOutputs call_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, const Options& o, bool inplace) {
+// The gradient in the logits' own memory. Autograd learns of it through the version counter: whoever else saved
+// the logits, a second backward included, gets torch's error instead of wrong numbers.
+Tensor overwrite_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const MaybeTensor& w,
+                          const Tensor& stats, const Tensor& total, const Options& o) {
   static const auto op =
       c10::Dispatcher::singleton()
-          .findSchemaOrThrow("cece::cross_entropy_forward", "")
-          .typed<ForwardOutputs(const Tensor&, const Tensor&, const MaybeTensor&, int64_t, int64_t, double, bool)>();
-  return op.call(x, t, w, o.reduction, o.ignore_index, o.label_smoothing, inplace);
+          .findSchemaOrThrow("cece::cross_entropy_backward_", "")
+          .typed<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
+                      int64_t, int64_t, double)>();
+  at::AutoDispatchBelowADInplaceOrView below;
+  op.call(grad, x, t, w, stats, total, o.reduction, o.ignore_index, o.label_smoothing);
+  torch::autograd::impl::bump_version(x);
+  return x.detach();
 }
 
 // The formulas of one call, in plain torch operators. Shapes: logits (N, C, d...), rows (N, 1, d...).
@@ -90,12 +156,12 @@ struct CrossEntropyFormulas {
         soft(t.dim() == x.dim()), acc(acc_of(x, soft ? t : x)) {}
 
   double keep() const { return 1 - o.label_smoothing; }
-  Tensor weights() const {  // (C) against (N, C, d...)
+  Tensor by_class(const Tensor& v) const {  // (C) against (N, C, d...)
     std::vector<int64_t> sizes(x.dim(), 1);
     sizes[dim] = -1;
-    return w.to(acc).view(sizes);
+    return v.to(acc).view(sizes);
   }
-  Tensor weighted(const Tensor& a) const { return w.defined() ? a * weights() : a; }
+  Tensor weighted(const Tensor& a) const { return w.defined() ? a * by_class(w) : a; }
   Tensor smoothed() const { return t.to(acc) * keep() + o.label_smoothing / double(x.size(dim)); }
   Tensor mass() const {  // sum_j q_j of each row; 0 where ignored
     return soft ? weighted(smoothed()).sum(dim, true) : stats.select(0, 2).unsqueeze(dim);
@@ -106,6 +172,7 @@ struct CrossEntropyFormulas {
     return o.reduction == kMean ? grad / total : grad;
   }
   Tensor reduce(const Tensor& a) const { return o.reduction == kNone ? a.sum(dim) : a.sum(); }
+  Tensor mean(const Tensor& a) const { return o.reduction == kMean ? a / total : a; }
   Tensor unit_gradient() const {  // dloss/dx for an incoming gradient of 1
     const Tensor ones = o.reduction == kNone ? at::ones_like(stats.select(0, 0)) : at::ones_like(total);
     return call_backward(ones, x, t, maybe(w), stats, total, o);
@@ -128,157 +195,104 @@ struct CrossEntropyFormulas {
   Tensor onto_q(const Tensor& s, const Tensor& v) const { return s * ((softmax() * v).sum(dim, true) - v); }
 };
 
-struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& t, const MaybeTensor& w,
-                               int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, stats, total] = call_forward(x, t, w, {reduction, ignore_index, label_smoothing}, inplace);
-    ctx->save_for_backward({x, t, get(w), stats, total});
-    ctx->mark_non_differentiable({stats, total});
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    ctx->saved_data["inplace"] = inplace;
-    return {loss, stats, total};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &t = saved[1], &w = saved[2], &stats = saved[3], &total = saved[4], &g = grads[0];
-    const Options o{ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt(),
-                    ctx->saved_data["label_smoothing"].toDouble()};
-    variable_list out(7);
-    if (!g.defined()) return out;
-    const bool seldom = ctx->needs_input_grad(1) || (w.defined() && ctx->needs_input_grad(2));
-    if (seldom) {  // before the logits may be overwritten
-      const CrossEntropyFormulas f(x, t, w, stats, total, o);
-      if (ctx->needs_input_grad(1)) out[1] = like(f.scale(g) * f.target_slope(), t);
-      if (w.defined() && ctx->needs_input_grad(2)) {
-        f.check_weight_slope();
-        out[2] = like((f.scale(g) * f.weight_slope()).movedim(f.dim, -1), w);
-      }
-    }
-    if (ctx->needs_input_grad(0)) {
-      out[0] = ctx->saved_data["inplace"].toBool() && !at::GradMode::is_enabled()
-                   ? overwrite(g, x, t, maybe(w), stats, total, o)
-                   : call_backward(g, x, t, maybe(w), stats, total, o);
-    }
-    return out;
-  }
-
-  // The gradient in the logits' own memory. Autograd learns of it through the version counter: whoever else saved
-  // the logits, a second backward included, gets torch's error instead of wrong numbers.
-  static Tensor overwrite(const Tensor& g, const Tensor& x, const Tensor& t, const MaybeTensor& w, const Tensor& stats,
-                          const Tensor& total, const Options& o) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("cece::cross_entropy_backward_", "")
-            .typed<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-                        int64_t, int64_t, double)>();
-    at::AutoDispatchBelowADInplaceOrView below;
-    op.call(g, x, t, w, stats, total, o.reduction, o.ignore_index, o.label_smoothing);
-    torch::autograd::impl::bump_version(x);
-    return x.detach();
-  }
-};
-
 void check_inplace(const Tensor& x) {
-  TORCH_CHECK(!(x.requires_grad() && x.is_leaf()),
+  if (!x.requires_grad()) return;
+  TORCH_CHECK(!x.is_leaf(),
               "cece.cross_entropy: inplace_backward=True overwrites input with its gradient, so input must not be a leaf "
               "that requires grad (got one): its values would be lost. Pass the output of a layer, or leave it False.");
   for (int64_t d = 0; d < x.dim(); d++) {
-    TORCH_CHECK(x.size(d) < 2 || x.stride(d) != 0, "cece.cross_entropy: inplace_backward=True needs an input whose elements "
-                "have memory of their own, got an expanded one with strides ", x.strides());
+    TORCH_CHECK(x.size(d) < 2 || x.stride(d) != 0,
+                "cece.cross_entropy: inplace_backward=True needs an input whose elements have memory of their own, got "
+                "an expanded one with strides ",
+                x.strides());
   }
+}
+
+variable_list derive_forward(const LossNode<Options>& node, const Tensors& saved, const Tensor& g) {
+  const Tensor &x = saved[0], &t = saved[1], &w = saved[2], &stats = saved[3], &total = saved[4];
+  variable_list out(3);
+  if (node.needs(1) || node.needs(2)) {  // before the logits may be overwritten
+    const CrossEntropyFormulas f(x, t, w, stats, total, node.options);
+    if (node.needs(1)) out[1] = like(f.scale(g) * f.target_slope(), t);
+    if (node.needs(2)) {
+      f.check_weight_slope();
+      out[2] = like((f.scale(g) * f.weight_slope()).movedim(f.dim, -1), w);
+    }
+  }
+  if (node.needs(0)) {
+    const bool overwrite = node.options.inplace && !at::GradMode::is_enabled();
+    out[0] = (overwrite ? overwrite_backward : call_backward)(g, x, t, maybe(w), stats, total, node.options);
+  }
+  return out;
 }
 
 ForwardOutputs cross_entropy_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, int64_t reduction,
                                      int64_t ignore_index, double label_smoothing, bool inplace) {
-  const Options o{reduction, ignore_index, label_smoothing};
+  const Options o{reduction, ignore_index, label_smoothing, inplace};
+  if (inplace) check_inplace(x);
+  ForwardOutputs out;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    out = call_forward(x, t, w, o);
+  }
+  const auto& [loss, stats, total] = out;
+  record(loss, "CrossEntropyBackward", derive_forward, o, {x, t, get(w), stats, total}, 3);
   if (has_tangent({x, t, get(w)})) {
-    const Tensor px = primal(x), pt = primal(t), pw = primal(get(w));
+    const CrossEntropyFormulas f(primal(x), primal(t), primal(get(w)), stats, total, o);
     const Tensor dx = tangent(x), dt = tangent(t), dw = tangent(get(w));
-    auto [loss, stats, total] = call_forward(px, pt, maybe(pw), o, false);
-    const CrossEntropyFormulas f(px, pt, pw, stats, total, o);
     Tensor d;
     if (dx.defined()) d = f.reduce(f.unit_gradient() * dx);
-    const double share = 1. / (reduction == kMean ? double(stats.numel() / 3) : 1.);
-    if (dt.defined()) d = plus(d, f.reduce(f.target_slope() * dt) * share);
+    if (dt.defined()) d = plus(d, f.mean(f.reduce(f.target_slope() * dt)));
     if (dw.defined()) {
       f.check_weight_slope();
-      std::vector<int64_t> sizes(x.dim(), 1);
-      sizes[f.dim] = -1;
-      d = plus(d, f.reduce(f.weight_slope() * dw.view(sizes)) * share);
+      d = plus(d, f.mean(f.reduce(f.weight_slope() * f.by_class(dw))));
     }
-    return {dual(loss, d), stats, total};
+    set_tangent(loss, d);
   }
-  if (!needs_graph({x, t, get(w)})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(x, t, w, o, inplace);
-  }
-  if (inplace) check_inplace(x);
-  const auto out = CrossEntropy::apply(x, t, w, reduction, ignore_index, label_smoothing, inplace);
-  return {out[0], out[1], out[2]};
+  return out;
 }
 
-struct CrossEntropyBackward : torch::autograd::Function<CrossEntropyBackward> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& t, const MaybeTensor& w,
-                        const Tensor& stats, const Tensor& total, int64_t reduction, int64_t ignore_index,
-                        double label_smoothing) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({g, x, t, get(w), stats, total});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    return call_backward(g, x, t, w, stats, total, {reduction, ignore_index, label_smoothing});
+variable_list derive_backward(const LossNode<Options>& node, const Tensors& saved, const Tensor& v) {
+  const Tensor &g = saved[0], &x = saved[1], &t = saved[2], &w = saved[3];
+  const CrossEntropyFormulas f(x, t, w, saved[4], saved[5], node.options);
+  const Tensor s = f.scale(g);
+  variable_list out(4);
+  if (node.needs(0)) out[0] = f.reduce(v * f.unit_gradient()).to(g.scalar_type());
+  if (node.needs(1)) out[1] = f.along_x(s, v).to(x.scalar_type());
+  if (node.needs(2)) out[2] = like(f.keep() * f.weighted(f.onto_q(s, v)), t);
+  if (node.needs(3)) {
+    f.check_weight_slope();
+    out[3] = like((f.smoothed() * f.onto_q(s, v)).movedim(f.dim, -1), w);
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &g = saved[0], &x = saved[1], &t = saved[2], &w = saved[3], &v = grads[0];
-    const CrossEntropyFormulas f(x, t, w, saved[4], saved[5],
-                                 {ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt(),
-                                  ctx->saved_data["label_smoothing"].toDouble()});
-    const Tensor s = f.scale(g);
-    variable_list out(9);
-    if (ctx->needs_input_grad(0)) out[0] = f.reduce(v * f.unit_gradient()).to(g.scalar_type());
-    if (ctx->needs_input_grad(1)) out[1] = f.along_x(s, v).to(x.scalar_type());
-    if (ctx->needs_input_grad(2)) out[2] = like(f.keep() * f.weighted(f.onto_q(s, v)), t);
-    if (w.defined() && ctx->needs_input_grad(3)) {
-      f.check_weight_slope();
-      out[3] = like((f.smoothed() * f.onto_q(s, v)).movedim(f.dim, -1), w);
-    }
-    return out;
-  }
-};
+  return out;
+}
 
 Tensor cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& t, const MaybeTensor& w,
                               const Tensor& stats, const Tensor& total, int64_t reduction, int64_t ignore_index,
                               double label_smoothing) {
   const Options o{reduction, ignore_index, label_smoothing};
+  Tensor grad;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    grad = call_backward(g, x, t, w, stats, total, o);
+  }
+  record(grad, "CrossEntropyBackwardBackward", derive_backward, o, {g, x, t, get(w), stats, total}, 4);
   if (has_tangent({g, x, t, get(w)})) {
-    const Tensor pg = primal(g), px = primal(x), pt = primal(t), pw = primal(get(w));
+    const Tensor px = primal(x), pt = primal(t), pw = primal(get(w));
     const Tensor dg = tangent(g), dx = tangent(x), dt = tangent(t), dw = tangent(get(w));
-    const Tensor grad = call_backward(pg, px, pt, maybe(pw), stats, total, o);
     const CrossEntropyFormulas f(px, pt, pw, stats, total, o);
-    const Tensor s = f.scale(pg);
+    const Tensor s = f.scale(primal(g));
     Tensor d;
     if (dg.defined()) d = call_backward(dg, px, pt, maybe(pw), stats, total, o);
     if (dx.defined()) d = plus(d, f.along_x(s, dx));
     if (dt.defined()) d = plus(d, f.along_q(s, f.keep() * f.weighted(dt)));
     if (dw.defined()) {
       f.check_weight_slope();
-      std::vector<int64_t> sizes(x.dim(), 1);
-      sizes[f.dim] = -1;
-      d = plus(d, f.along_q(s, f.smoothed() * dw.view(sizes)));
+      d = plus(d, f.along_q(s, f.smoothed() * f.by_class(dw)));
     }
-    return dual(grad, d);
+    set_tangent(grad, d);
   }
-  if (!needs_graph({g, x, t, get(w)})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_backward(g, x, t, w, stats, total, o);
-  }
-  return CrossEntropyBackward::apply(g, x, t, w, stats, total, reduction, ignore_index, label_smoothing);
+  return grad;
 }
 
 // ======================================================================================== binary cross-entropy
@@ -353,101 +367,84 @@ struct BinaryFormulas {
   }
 };
 
-struct BinaryCrossEntropy : torch::autograd::Function<BinaryCrossEntropy> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const MaybeTensor& w,
-                        const MaybeTensor& p, bool with_logits, int64_t reduction) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, y, get(w), get(p)});
-    ctx->saved_data["with_logits"] = with_logits;
-    ctx->saved_data["reduction"] = reduction;
-    return call_bce_forward(x, y, w, p, with_logits, reduction);
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &y = saved[1], &w = saved[2], &p = saved[3], &g = grads[0];
-    const bool with_logits = ctx->saved_data["with_logits"].toBool();
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const bool need_w = w.defined() && ctx->needs_input_grad(2);
-    const bool need_p = p.defined() && ctx->needs_input_grad(w.defined() ? 3 : 2);
-    variable_list out(6);
-    if (ctx->needs_input_grad(0)) out[0] = call_bce_backward(g, x, y, maybe(w), maybe(p), with_logits, reduction);
-    if (ctx->needs_input_grad(1) || need_w || need_p) {
-      const BinaryFormulas f(x, y, w, p, with_logits, reduction);
-      const Tensor s = f.scale(g);
-      if (ctx->needs_input_grad(1)) out[1] = like(s * f.weighted(f.loss_y()), y);
-      if (need_w) out[2] = like(s * f.loss(), w);
-      if (need_p) out[3] = like(s * f.weighted(f.loss_p()), p);
-    }
-    return out;
-  }
+struct BinaryOptions {
+  bool with_logits;
+  int64_t reduction;
 };
+
+variable_list derive_binary_forward(const LossNode<BinaryOptions>& node, const Tensors& saved, const Tensor& g) {
+  const Tensor &x = saved[0], &y = saved[1], &w = saved[2], &p = saved[3];
+  const auto [with_logits, reduction] = node.options;
+  variable_list out(4);
+  if (node.needs(0)) out[0] = call_bce_backward(g, x, y, maybe(w), maybe(p), with_logits, reduction);
+  if (node.needs(1) || node.needs(2) || node.needs(3)) {
+    const BinaryFormulas f(x, y, w, p, with_logits, reduction);
+    const Tensor s = f.scale(g);
+    if (node.needs(1)) out[1] = like(s * f.weighted(f.loss_y()), y);
+    if (node.needs(2)) out[2] = like(s * f.loss(), w);
+    if (node.needs(3)) out[3] = like(s * f.weighted(f.loss_p()), p);
+  }
+  return out;
+}
 
 Tensor binary_cross_entropy_forward(const Tensor& x, const Tensor& y, const MaybeTensor& w, const MaybeTensor& p,
                                     bool with_logits, int64_t reduction) {
+  Tensor loss;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    loss = call_bce_forward(x, y, w, p, with_logits, reduction);
+  }
+  record<BinaryOptions>(loss, "BinaryCrossEntropyBackward", derive_binary_forward, {with_logits, reduction},
+                        {x, y, get(w), get(p)}, 4);
   if (has_tangent({x, y, get(w), get(p)})) {
-    const Tensor px = primal(x), py = primal(y), pw = primal(get(w)), pp = primal(get(p));
+    const BinaryFormulas f(primal(x), primal(y), primal(get(w)), primal(get(p)), with_logits, reduction);
     const Tensor dx = tangent(x), dy = tangent(y), dw = tangent(get(w)), dp = tangent(get(p));
-    const Tensor loss = call_bce_forward(px, py, maybe(pw), maybe(pp), with_logits, reduction);
-    const BinaryFormulas f(px, py, pw, pp, with_logits, reduction);
     Tensor d;
     if (dx.defined()) d = f.reduce(f.unit_gradient() * dx);
     if (dy.defined()) d = plus(d, f.scale(f.reduce(f.weighted(f.loss_y() * dy))));
     if (dw.defined()) d = plus(d, f.scale(f.reduce(f.loss() * dw)));
     if (dp.defined()) d = plus(d, f.scale(f.reduce(f.weighted(f.loss_p() * dp))));
-    return dual(loss, d);
+    set_tangent(loss, d);
   }
-  if (!needs_graph({x, y, get(w), get(p)})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_bce_forward(x, y, w, p, with_logits, reduction);
-  }
-  return BinaryCrossEntropy::apply(x, y, w, p, with_logits, reduction);
+  return loss;
 }
 
-struct BinaryCrossEntropyBackward : torch::autograd::Function<BinaryCrossEntropyBackward> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& y, const MaybeTensor& w,
-                        const MaybeTensor& p, bool with_logits, int64_t reduction) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({g, x, y, get(w), get(p)});
-    ctx->saved_data["with_logits"] = with_logits;
-    ctx->saved_data["reduction"] = reduction;
-    return call_bce_backward(g, x, y, w, p, with_logits, reduction);
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &g = saved[0], &x = saved[1], &y = saved[2], &w = saved[3], &p = saved[4], &v = grads[0];
-    const BinaryFormulas f(x, y, w, p, ctx->saved_data["with_logits"].toBool(), ctx->saved_data["reduction"].toInt());
-    const Tensor s = f.scale(g) * v;
-    variable_list out(7);
-    if (ctx->needs_input_grad(0)) out[0] = f.reduce(v * f.unit_gradient()).to(g.scalar_type());
-    if (ctx->needs_input_grad(1)) out[1] = like(f.weighted(s * f.phi_x()), x);
-    if (ctx->needs_input_grad(2)) out[2] = like(f.weighted(s * f.phi_y()), y);
-    if (w.defined() && ctx->needs_input_grad(3)) out[3] = like(s * f.phi(), w);
-    if (p.defined() && ctx->needs_input_grad(w.defined() ? 4 : 3)) out[4] = like(f.weighted(s * f.phi_p()), p);
-    return out;
-  }
-};
+variable_list derive_binary_backward(const LossNode<BinaryOptions>& node, const Tensors& saved, const Tensor& v) {
+  const Tensor &g = saved[0], &x = saved[1], &y = saved[2], &w = saved[3], &p = saved[4];
+  const BinaryFormulas f(x, y, w, p, node.options.with_logits, node.options.reduction);
+  const Tensor s = f.scale(g) * v;
+  variable_list out(5);
+  if (node.needs(0)) out[0] = f.reduce(v * f.unit_gradient()).to(g.scalar_type());
+  if (node.needs(1)) out[1] = like(f.weighted(s * f.phi_x()), x);
+  if (node.needs(2)) out[2] = like(f.weighted(s * f.phi_y()), y);
+  if (node.needs(3)) out[3] = like(s * f.phi(), w);
+  if (node.needs(4)) out[4] = like(f.weighted(s * f.phi_p()), p);
+  return out;
+}
 
 Tensor binary_cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& y, const MaybeTensor& w,
                                      const MaybeTensor& p, bool with_logits, int64_t reduction) {
+  Tensor grad;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    grad = call_bce_backward(g, x, y, w, p, with_logits, reduction);
+  }
+  record<BinaryOptions>(grad, "BinaryCrossEntropyBackwardBackward", derive_binary_backward, {with_logits, reduction},
+                        {g, x, y, get(w), get(p)}, 5);
   if (has_tangent({g, x, y, get(w), get(p)})) {
-    const Tensor pg = primal(g), px = primal(x), py = primal(y), pw = primal(get(w)), pp = primal(get(p));
+    const Tensor px = primal(x), py = primal(y), pw = primal(get(w)), pp = primal(get(p));
     const Tensor dg = tangent(g), dx = tangent(x), dy = tangent(y), dw = tangent(get(w)), dp = tangent(get(p));
-    const Tensor grad = call_bce_backward(pg, px, py, maybe(pw), maybe(pp), with_logits, reduction);
     const BinaryFormulas f(px, py, pw, pp, with_logits, reduction);
-    const Tensor s = f.scale(pg);
+    const Tensor s = f.scale(primal(g));
     Tensor d;
     if (dg.defined()) d = call_bce_backward(dg, px, py, maybe(pw), maybe(pp), with_logits, reduction);
     if (dx.defined()) d = plus(d, f.weighted(s * f.phi_x() * dx));
     if (dy.defined()) d = plus(d, f.weighted(s * f.phi_y() * dy));
     if (dw.defined()) d = plus(d, s * f.phi() * dw);
     if (dp.defined()) d = plus(d, f.weighted(s * f.phi_p() * dp));
-    return dual(grad, d);
+    set_tangent(grad, d);
   }
-  if (!needs_graph({g, x, y, get(w), get(p)})) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return call_bce_backward(g, x, y, w, p, with_logits, reduction);
-  }
-  return BinaryCrossEntropyBackward::apply(g, x, y, w, p, with_logits, reduction);
+  return grad;
 }
 
 }  // namespace
