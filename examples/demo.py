@@ -28,7 +28,7 @@ import cece
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-BOUND = 1e-4  # nats: how far two loss curves may part. They are of float32, whose last bit is 2e-7 at a loss of 2.
+BOUND = 1e-5  # nats: how far two loss curves may part. They are of float32, whose last bit is 2e-7 at a loss of 2.
 SEED = 0
 BATCH = 64
 
