@@ -1,0 +1,182 @@
+"""cece.binary_cross_entropy and ..._with_logits against float64 truth and torch."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, assert_as_good_as_torch, check_against_truth
+
+import cece
+
+WITH_LOGITS, ON_PROBABILITIES = "binary_cross_entropy_with_logits", "binary_cross_entropy"
+LOSSES = [WITH_LOGITS, ON_PROBABILITIES]
+# one task is 16384 elements, one vector 8 or 16: tails of both, several tasks, no dimension at all
+BCE_SHAPES = [(), (1,), (7,), (33, 31), (3, 16384), (5, 9999), (2, 3, 4, 5, 6)]
+
+
+def make(name, shape, dtype, target=None, weight=None, pos_weight=None):
+    """weight and pos_weight: shapes; their values are of `dtype`."""
+    x = (torch.randn(shape) * 3).to(dtype) if name == WITH_LOGITS else (torch.rand(shape) * 0.98 + 0.01).to(dtype)
+    if target is None:
+        y = torch.rand(shape).to(dtype)
+    elif target.is_floating_point:
+        y = torch.rand(shape).to(target)
+    else:
+        y = torch.randint(0, 2, shape).to(target)
+    t = {"input": x.requires_grad_(), "target": y, "weight": None if weight is None else torch.rand(weight).to(dtype)}
+    if name == WITH_LOGITS:
+        t["pos_weight"] = None if pos_weight is None else (torch.rand(pos_weight) * 3).to(dtype)
+    return t
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_reference_is_torch(name):
+    for shape, r in itertools.product(BCE_SHAPES, ("none", "mean", "sum")):
+        t = make(name, shape, torch.float64, weight=shape[-1:], pos_weight=shape[-1:])
+        ours, theirs = getattr(cece.reference, name)(**t, reduction=r), getattr(F, name)(**t, reduction=r)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BCE_SHAPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient(backend, name, shape, dtype):
+    last = shape[-1:]
+    for (w, p), r in itertools.product(
+        [(None, None), (last, None), (None, last), (shape, last)], ("none", "mean", "sum")
+    ):
+        if name == ON_PROBABILITIES and p is not None and w is None:
+            continue
+        t = make(name, shape, dtype, weight=w, pos_weight=p)
+        check_against_truth(name, t, device=backend.device, reduction=r, what=f"{shape} {dtype} w={w} p={p}")
+
+
+@pytest.mark.parametrize(
+    "broadcast", [(), (1,), (5,), (4, 1), (1, 5), (3, 1, 1), (3, 4, 5), (1, 1, 1), (3, 1, 5)], ids=str
+)
+@pytest.mark.parametrize("which", ["weight", "pos_weight"])
+def test_weights_broadcast(backend, which, broadcast):
+    """Also their gradients, which are summed back to their shapes."""
+    names = LOSSES if which == "weight" else [WITH_LOGITS]
+    for name, r in itertools.product(names, ("none", "mean", "sum")):
+        t = make(name, (3, 4, 5), torch.float32, **{which: broadcast})
+        t[which].requires_grad_()
+        check_against_truth(name, t, device=backend.device, reduction=r)
+
+
+@pytest.mark.parametrize("wanted", [w for n in (1, 2, 3, 4) for w in itertools.combinations(range(4), n)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_requested_gradients(backend, name, wanted):
+    """Any subset of (input, target, weight, pos_weight) may require a gradient."""
+    if name == ON_PROBABILITIES and 3 in wanted:
+        wanted = tuple(i for i in wanted if i != 3) or (0,)
+    for dtype, r in itertools.product((torch.float64, torch.float32), ("none", "mean", "sum")):
+        t = make(name, (6, 5), dtype, weight=(5,), pos_weight=(6, 1))
+        for i, k in enumerate(t):
+            t[k] = t[k].detach().requires_grad_(i in wanted)
+        assert len(check_against_truth(name, t, device=backend.device, reduction=r)) == 1 + len(wanted)
+
+
+@pytest.mark.parametrize(
+    "target", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_bool_and_integer_targets(backend, name, dtype, target):
+    """They mean what the same float targets mean, bit for bit, also where there is a vector tail."""
+    for shape, r in itertools.product([(37, 41), (16391,)], ("none", "mean")):
+        t = make(name, shape, dtype, target=target, weight=shape[-1:], pos_weight=shape[-1:])
+        t = {k: None if v is None else v.detach().to(backend.device) for k, v in t.items()}
+        x = t["input"].requires_grad_()
+        results = []
+        for y in (t["target"], t["target"].to(dtype)):
+            loss = getattr(cece, name)(**(t | {"target": y}), reduction=r)
+            results.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+        assert 0.4 < t["target"].float().mean() < 0.6
+
+
+@pytest.mark.parametrize("other", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_mixed_dtypes(backend, name, dtype, other):
+    """Targets, weights and pos_weights of another float dtype; the result is float64 if one of the first three is."""
+    for k in ("target", "weight", "pos_weight"):
+        t = make(name, (19, 23), dtype, weight=(23,), pos_weight=(23,))
+        if k not in t:
+            continue
+        t[k] = t[k].to(other)
+        if k == "pos_weight" and other == torch.float64:
+            t[k] = t[k].float().double()  # it is rounded to the dtype that sums are formed in
+        ours = check_against_truth(name, t, device=backend.device, what=f"{k} {other}")
+        wide = dtype == torch.float64 or (other == torch.float64 and k != "pos_weight")
+        assert ours["loss"].dtype == (torch.float64 if wide else torch.float32)
+        assert ours["input"].dtype == dtype
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_empty(backend, name):
+    for shape, r in itertools.product([(0,), (0, 5), (3, 0, 2)], ("none", "mean", "sum")):
+        t = {
+            k: None if v is None else v.detach().to(backend.device) for k, v in make(name, shape, torch.float32).items()
+        }
+        x = t["input"].requires_grad_()
+        ours, theirs = (getattr(m, name)(**t, reduction=r) for m in (cece, F))
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+        assert torch.autograd.grad(ours.sum(), x)[0].shape == shape
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_targets_outside_the_unit_interval(backend, name):
+    """With logits any target is taken, as by torch; on probabilities none."""
+    t = make(name, (9, 7), torch.float32)
+    t["target"] = torch.randn(9, 7) * 3
+    if name == WITH_LOGITS:
+        loss = cece.binary_cross_entropy_with_logits(
+            t["input"].to(backend.device), t["target"].to(backend.device), reduction="none"
+        )
+        truth = cece.reference.binary_cross_entropy_with_logits(
+            t["input"].double(), t["target"].double(), reduction="none"
+        )
+        x, y = t["input"].double(), t["target"].double()
+        parts = (1 - y).abs() * F.softplus(x) + y.abs() * F.softplus(-x)
+        assert_as_good_as_torch(loss.detach(), truth.detach(), scale=parts.detach())
+    elif backend.name == "cpu":
+        with pytest.raises(RuntimeError, match="target should be between 0 and 1"):
+            cece.binary_cross_entropy(t["input"], t["target"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_probabilities_of_0_and_1(backend, dtype):
+    """Each logarithm ends at -100, the slope's denominator at 1e-12, as in torch."""
+    x = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1e-30, 1e-44], dtype=dtype, device=backend.device).requires_grad_()
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.5, 0.5, 1.0, 0.25], dtype=dtype, device=backend.device)
+    ours, theirs = (m.binary_cross_entropy(x, y, reduction="none") for m in (cece, F))
+    torch.testing.assert_close(ours, theirs)
+    assert ours.tolist()[:4] == [0, 0, 100, 100]
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), x), torch.autograd.grad(theirs.sum(), x))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_modified(backend, name):
+    t = make(name, (33, 31), torch.float32, weight=(31,), pos_weight=(31,))
+    t = {k: v.detach().to(backend.device) for k, v in t.items()}
+    before = {k: (v.clone(), v._version) for k, v in t.items()}
+    x = t["input"].requires_grad_()
+    loss = getattr(cece, name)(**t, reduction="none")
+    grad = torch.randn_like(loss)
+    kept = grad.clone()
+    first, second = torch.autograd.grad(loss, x, grad, retain_graph=True)[0], torch.autograd.grad(loss, x, grad)[0]
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+    assert torch.equal(grad, kept) and grad._version == 0
+    for k, (value, version) in before.items():
+        assert torch.equal(t[k], value) and t[k]._version == version, k
+
+
+def test_two_class_softmax_is_the_sigmoid():
+    """cross_entropy of (0, x) is binary_cross_entropy_with_logits of x."""
+    x, y = torch.randn(1000, dtype=torch.float64) * 5, torch.randint(0, 2, (1000,))
+    two = cece.cross_entropy(torch.stack([torch.zeros_like(x), x], 1), y, reduction="none")
+    torch.testing.assert_close(two, cece.binary_cross_entropy_with_logits(x, y, reduction="none"), rtol=1e-14, atol=0)
