@@ -168,7 +168,7 @@ def test_empty_batch(backend, shape, soft):
 
 
 def test_no_classes():
-    """No class can be a label, and probabilities of no classes cost nothing. In a process of its own: it crashed once."""
+    """No class can be a label, and probabilities of no classes cost nothing. A process of its own: it crashed once."""
     code = """if True:
         import cece, torch
         x = torch.zeros(3, 0)
