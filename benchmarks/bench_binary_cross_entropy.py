@@ -1,4 +1,4 @@
-"""Binary cross-entropy cases. Run: python -m benchmarks.bench_binary_cross_entropy [--quick] [--only NAME] [--out FILE]"""
+"""Binary cross-entropy cases. Run: python -m benchmarks.bench_binary_cross_entropy [--quick] [--only NAME]"""
 
 import torch
 

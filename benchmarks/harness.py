@@ -1,7 +1,7 @@
 """Times losses against each other in one process, and measures the memory they need.
 
-A *round* gives every contender a turn; rounds repeat until the case's time is up, so that whatever disturbs the machine
-disturbs all of them. Reported are the median and the interquartile range over rounds. A turn is a training step's share:
+A *round* gives every contender a turn; rounds repeat until the case's time is up, so that whatever disturbs the
+machine disturbs all of them. Reported are median and interquartile range over rounds. A turn is a step of training:
 
     untimed     the logits are written anew (as by the layer before: equally warm caches for everyone)
     forward     loss = f(logits, target)
@@ -157,7 +157,7 @@ def alternate(steps, seconds, least=5, most=200):
     """{contender: [(forward, backward) of every round]}, the contenders taking turns."""
     for step in steps.values():
         turn(step, 2)  # warm-up, compilation
-    slowest = max(sum(turn(step, 1)) for step in steps.values())
+    slowest = max(min(sum(turn(step, 1)) for _ in range(3)) for step in steps.values())
     repeat = max(1, round(MIN_TURN / slowest))
     rounds = {name: [] for name in steps}
     gc.collect()
