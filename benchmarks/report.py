@@ -15,7 +15,15 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-COLOURS = {"eager": "#e8a33d", "compile": "#7a9a4b", "limit": "#9a9a9a", "cece": "#1f5fa8"}
+COLOURS = {
+    "cece": "#1f5fa8",
+    "cece in place": "#5bb0d9",
+    "eager": "#e8a33d",
+    "compile": "#7a9a4b",
+    "liger": "#b03a6b",
+    "quack": "#6a4fa3",
+    "limit": "#9a9a9a",
+}
 
 
 # ---- both
@@ -98,7 +106,8 @@ def cpu_table(data):
 def plot_cpu(data, path):
     """Bars: time against cece's, and the least time that the byte model allows at the copy's bandwidth."""
     cases, widest = by_case(data["rows"]), 20  # longer bars are cut, their number stays
-    figure, axes = new_figure(10, 1.5 + 0.62 * len(cases))
+    figure, grid = new_figure(10, 1.5 + 0.62 * len(cases))
+    axes = grid[0, 0]
     for place, of in enumerate(cases.values()):
         cece, copy = of["cece"], of.get("copy")
         bars = {name: of[name]["median_ms"] for name in ("eager", "compile") if name in of} | {
@@ -109,7 +118,7 @@ def plot_cpu(data, path):
         for i, (name, ms) in enumerate(bars.items()):
             value, y = ms / cece["median_ms"], place + 0.2 * (i - 1.5)
             axes.barh(y, min(value, widest), height=0.19, color=COLOURS[name], label=name if place == 0 else None)
-            axes.text(min(value, widest), y, f" {value:.3g}x, {number(ms)} ms", va="center", fontsize=6.5)
+            axes.text(min(value, widest), y, f" {value:.2f}x, {number(ms)} ms", va="center", fontsize=6.5)
     axes.set_yticks(range(len(cases)), list(cases), fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.14, y=0.01)
@@ -144,38 +153,49 @@ def gpu_table(data):
     )
 
 
+def without_sizes(case):
+    """'CE 4096 x 32000, smoothing' -> 'CE, smoothing'"""
+    return re.sub(r"\s*\b\d+(\s*x\s*\d+)*\b", "", case)
+
+
 def plot_gpu(data, path):
-    """GB/s of the byte model against the number of classes, a panel a dtype, a line a contender."""
-    rows = [row for row in data["rows"] if row["pass"] == "both"]
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, panels = new_figure(6.5 * len(dtypes), 4.5, len(dtypes))
-    for axes, dtype in zip(panels if len(dtypes) > 1 else [panels], dtypes, strict=True):
-        here = [row for row in rows if row["dtype"] == dtype and row["case"].startswith("CE")] or [
-            row for row in rows if row["dtype"] == dtype
-        ]
-        for contender in dict.fromkeys(row["contender"] for row in here):
-            line = sorted((row["classes"], row["gbs"]) for row in here if row["contender"] == contender)
-            style = {"color": COLOURS[contender]} if contender in COLOURS else {}
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=contender, **style)
-        axes.axhline(data["copy_gbs"], color="#555555", linestyle="--", linewidth=1)
-        axes.text(0.01, data["copy_gbs"], "copy", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
+    """GB/s of the byte model against the number of classes: a panel for each loss and dtype, a line a contender."""
+    panels = {}
+    for row in data["rows"]:
+        if row["pass"] == "both":
+            lines = panels.setdefault(f"{without_sizes(row['case'])}, {row['dtype']}", {})
+            lines.setdefault(row["contender"], {})[row["classes"]] = row["gbs"]
+    panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
+    if not panels:
+        return
+    columns = min(2, len(panels))
+    figure, grid = new_figure(6.5 * columns, 4.2 * -(-len(panels) // columns), -(-len(panels) // columns), columns)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        for contender, points in lines.items():
+            colour = {"color": COLOURS[contender]} if contender in COLOURS else {}
+            axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=contender, **colour)
+        axes.axhline(data["copy_gbs"], color="#555555", linestyle="--", linewidth=1, label="copy")
+        classes = sorted({c for points in lines.values() for c in points})
         axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
-        axes.set(title=f"{data['device']}, {dtype}", xlabel="classes", ylabel="GB/s, forward + backward")
-        axes.legend(fontsize=8)
+        axes.set_xticks(classes, [str(c) for c in classes], fontsize=8, rotation=30)
+        axes.set_ylim(0, 1.08 * max(data["copy_gbs"], *(gbs for points in lines.values() for gbs in points.values())))
+        axes.set(title=f"{data['device']}: {title}", xlabel="classes", ylabel="GB/s, forward + backward")
+        axes.legend(fontsize=8, loc="lower right")
     save(figure, path)
 
 
 # ---- where it goes
 
 
-def new_figure(width, height, columns=1):
+def new_figure(width, height, rows=1, columns=1):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
 def save(figure, path):
