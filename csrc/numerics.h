@@ -42,6 +42,23 @@ CECE_HD bool greater(float a, float b) { return a > b; }
 CECE_HD bool greater(double a, double b) { return a > b; }
 CECE_HD bool equal(float a, float b) { return a == b; }
 CECE_HD bool equal(double a, double b) { return a == b; }
+// The lesser of x and m, NaN where x is; the greater of x and m, m where x is NaN. m is never NaN.
+template <class T>
+CECE_HD T lesser(T x, T m) {
+  return select(greater(x, m), m, x);
+}
+template <class T>
+CECE_HD T greatest(T x, T m) {
+  return select(greater(x, m), x, m);
+}
+#if defined(__CUDA_ARCH__)  // one instruction each
+CECE_HD float lesser(float x, float m) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(m));
+  return y;
+}
+CECE_HD float greatest(float x, float m) { return ::fmaxf(x, m); }
+#endif
 CECE_HD float abs_(float x) { return ::fabsf(x); }
 CECE_HD double abs_(double x) { return ::fabs(x); }
 
@@ -64,12 +81,6 @@ template <class T>
 CECE_HD T times(T a, T b) {
   return select(equal(a, T(0)), T(0), a * b);
 }
-// The greater of x and 0. A NaN stays one.
-template <class T>
-CECE_HD T positive_part(T x) {
-  return select(greater(T(0), x), T(0), x);
-}
-
 // -------------------------------------------------------------------------------- softmax cross-entropy
 
 // log(sum_j e^{x_j}), as it is read. `rest` is the sum of e^{x_j - max} without one of the terms that equal 1
@@ -94,6 +105,31 @@ struct LogSumExp {
     max = select(bigger, x, max);
   }
   CECE_HD T log_sum() const { return log1p_(rest); }
+};
+
+// The same sum over many logits without a branch, for lanes that share an instruction (a GPU's). Every new logit meets
+// the maximum so far: the greater of the two goes on, the other one joins the sum. The sum is kept relative to the
+// second largest logit, so that its exponentials need be accurate near 1 only, however small all of them are beside
+// the maximum: with Exp's exponent off by a relative e, the sum is off by e times the mean of second - x. The empty
+// state is a virtual logit at the lowest finite number with the weight -1, which the first real one to pass cancels.
+template <class T>
+struct Tournament {
+  T max = lowest<T>(), second = lowest<T>(), sum = T(-1);
+
+  template <int N, class Exp>
+  CECE_HD void push(const T (&x)[N], Exp exp) {
+    T loser[N];
+    const T before = second;
+    for (int i = 0; i < N; i++) {
+      loser[i] = lesser(x[i], max);  // a NaN loses, and shows in the sum
+      max = greatest(x[i], max);
+      second = greatest(loser[i], second);
+    }
+    T added = exp(loser[0] - second);
+    for (int i = 1; i < N; i++) added = added + exp(loser[i] - second);
+    sum = sum * exp(before - second) + added;
+  }
+  CECE_HD LogSumExp<T> log_sum_exp() const { return {max, sum * exp_nonpositive(second - max)}; }
 };
 
 // max - x >= 0, and 0 where both are +inf: a single infinite logit is a certainty.
@@ -156,16 +192,16 @@ CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {
 // --------------------------------------------------------------------------------- binary cross-entropy
 
 // On logits: (1 - y) softplus(x) + p y softplus(-x), with softplus(x) = max(x, 0) + log1p(e^{-|x|}) and p the
-// pos_weight. The textbook's max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
+// pos_weight. Of max(x, 0) and max(-x, 0) one is 0 and the other |x|. The textbook's
+// max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
 struct BinaryCrossEntropyWithLogits {
   static constexpr bool kProbabilities = false;
 
   template <class T>
   CECE_HD static T loss(T x, T y, T pos_weight) {
     const T negative = T(1) - y, positive = pos_weight * y;
-    const T log_term = log1p_unit(exp_nonpositive(-abs_(x)));
-    return times(negative, positive_part(x)) + times(positive, positive_part(-x)) +
-           (negative + positive) * log_term;
+    const T wrong = select(greater(x, T(0)), negative, positive);  // the mass on the other side of x
+    return times(wrong, abs_(x)) + (negative + positive) * log1p_unit(exp_nonpositive(-abs_(x)));
   }
   // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential
   template <class T>

@@ -1,0 +1,33 @@
+// The CUDA kernels as a table: one row for each storage type of the logits (*.cu), picked by ops.cpp. No CUDA header
+// but for the stream's type, which is a pointer.
+#pragma once
+#include "../args.h"
+
+namespace cece::cuda {
+
+struct Device {
+  int multiprocessors;
+  bool clusters;  // sm_90 and later
+  void* stream;   // a cudaStream_t
+};
+
+// Each function only launches. `scratch` is device memory of at least the size its _scratch function asks for.
+struct CrossEntropyKernels {
+  int64_t (*forward_scratch)(const CrossEntropyArgs&, const Device&);  // bytes
+  void (*forward)(const CrossEntropyArgs&, const Device&, void* scratch);
+  void (*backward)(const CrossEntropyArgs&, const Device&);
+};
+struct BinaryCrossEntropyKernels {
+  int64_t (*forward_scratch)(const BinaryCrossEntropyArgs&);  // bytes
+  void (*forward)(const BinaryCrossEntropyArgs&, const Device&, void* scratch);
+  void (*backward)(const BinaryCrossEntropyArgs&, const Device&);
+};
+struct Kernels {
+  CrossEntropyKernels cross_entropy;
+  BinaryCrossEntropyKernels binary_cross_entropy;
+};
+
+// kF64 takes input of any type: what it sums in is double, as when the target is.
+extern const Kernels kF64, kF32, kF16, kBF16;
+
+}  // namespace cece::cuda

@@ -1,0 +1,136 @@
+// The CUDA backend's tensor side: guard the device, allocate, launch on the current stream. Nothing here waits for the
+// GPU. No c10/cuda header: torch's device guard and streams are reached through their virtual interfaces, so this
+// compiles in 13 s instead of 69 and links against a CPU-only torch too.
+//
+// With CECE_EMULATE the same text makes torch.ops.cece_emulated on CPU tensors (tests/cuda_emulation).
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "kernels.h"
+#ifndef CECE_EMULATE
+#include <cuda_runtime_api.h>
+#endif
+
+namespace cece::cuda {
+namespace {
+
+#ifdef CECE_EMULATE
+// As many multiprocessors as an H100 has, so that the emulator takes the paths that it would.
+Device current_device(const Tensor&) { return {132, false, nullptr}; }
+void check_launch() {}
+#else
+Device current_device(const Tensor& t) {
+  const int index = t.device().index();
+  int multiprocessors = 0, major = 0;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  const c10::impl::VirtualGuardImpl guard(t.device().type());
+  return {multiprocessors, major >= 9, guard.getStream(t.device()).native_handle()};
+}
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  TORCH_CHECK(error == cudaSuccess, "cece: CUDA could not launch a kernel: ", cudaGetErrorString(error));
+}
+#endif
+
+const Kernels& kernels(at::ScalarType acc, const Tensor& input) {
+  if (acc == at::kDouble) return kF64;
+  return input.scalar_type() == at::kHalf ? kF16 : input.scalar_type() == at::kBFloat16 ? kBF16 : kF32;
+}
+
+// Device memory for one call. The allocator keeps it for this stream's later work, so it may be freed at once.
+Tensor scratch(int64_t bytes, const Tensor& input) { return at::empty({bytes}, input.options().dtype(at::kByte)); }
+
+// ---- cross-entropy
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
+                                                         const MaybeTensor& weight, int64_t reduction,
+                                                         int64_t ignore_index, double label_smoothing, bool) {
+  const c10::DeviceGuard guard(logits.device());
+  CrossEntropyCall call = check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+  CrossEntropyOutputs out = allocate_outputs(call);
+  const CrossEntropyKernels& k = kernels(call.acc, call.logits).cross_entropy;
+  const Device device = current_device(logits);
+  const Tensor memory = scratch(k.forward_scratch(call.args, device), logits);
+  k.forward(call.args, device, memory.mutable_data_ptr());
+  check_launch();
+  return {out.loss, out.stats, out.total_weight};
+}
+
+void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+                    const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                    double label_smoothing, const Tensor& grad_logits) {
+  const c10::DeviceGuard guard(logits.device());
+  CrossEntropyCall call =
+      check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
+  const auto held = check_saved(call, grad, stats, total_weight);
+  kernels(call.acc, call.logits).cross_entropy.backward(call.args, current_device(logits));
+  check_launch();
+}
+
+Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                              const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
+                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  Tensor grad_logits = at::empty_like(logits);
+  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
+                 grad_logits);
+  return grad_logits;
+}
+
+void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                             const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
+                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
+}
+
+// ---- binary cross-entropy
+
+Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
+                                    const MaybeTensor& pos_weight, bool with_logits, int64_t reduction) {
+  const c10::DeviceGuard guard(input.device());
+  BinaryCrossEntropyCall call = check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction);
+  BinaryCrossEntropyArgs& a = call.args;
+  const bool none = a.reduction == Reduction::none;
+  const auto options = input.options().dtype(call.acc);
+  Tensor loss = none ? at::empty(input.sizes(), options) : at::empty({}, options);
+  (none ? a.loss.data : a.reduced) = loss.mutable_data_ptr();
+  const BinaryCrossEntropyKernels& k = kernels(call.acc, input).binary_cross_entropy;
+  const Tensor memory = scratch(k.forward_scratch(a), input);
+  k.forward(a, current_device(input), memory.mutable_data_ptr());
+  check_launch();
+  return loss;
+}
+
+Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                     const MaybeTensor& weight, const MaybeTensor& pos_weight, bool with_logits,
+                                     int64_t reduction) {
+  const c10::DeviceGuard guard(input.device());
+  Tensor grad_input = at::empty_like(input);
+  BinaryCrossEntropyCall call =
+      check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction, &grad, &grad_input);
+  kernels(call.acc, input).binary_cross_entropy.backward(call.args, current_device(input));
+  check_launch();
+  return grad_input;
+}
+
+void register_all(torch::Library& m) {
+  m.impl("cross_entropy_forward", cross_entropy_forward);
+  m.impl("cross_entropy_backward", cross_entropy_backward);
+  m.impl("cross_entropy_backward_", cross_entropy_backward_);
+  m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
+  m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
+}
+
+}  // namespace
+}  // namespace cece::cuda
+
+#ifdef CECE_EMULATE
+TORCH_LIBRARY_IMPL(cece_emulated, CPU, m) { cece::cuda::register_all(m); }
+#else
+TORCH_LIBRARY_IMPL(cece, CUDA, m) { cece::cuda::register_all(m); }
+#endif

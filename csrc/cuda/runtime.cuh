@@ -1,0 +1,55 @@
+// The one file that knows who compiles the kernels: nvcc, or a C++ compiler with the emulator of the tests
+// (tests/cuda_emulation/emulator.h, -DCECE_EMULATE). Every other .cuh is the same text for both.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#ifdef CECE_EMULATE
+#include "emulator.h"
+// A block's array in shared memory. The emulator leaves plain __shared__ undefined, so forgetting this cannot compile.
+#define CECE_SHARED(T, name, n)    \
+  static const char name##_key = 0; \
+  T(&name)[n] = *reinterpret_cast<T(*)[n]>(::emulator::shared_array(&name##_key, sizeof(T) * (n), alignof(T)))
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define CECE_SHARED(T, name, n) __shared__ T name[n]
+#endif
+
+#include "../numerics.h"
+
+namespace cece::cuda {
+
+#ifdef CECE_EMULATE
+using ::emulator::launch;
+#else
+// cluster: how many blocks along y form a cluster (sm_90 and later), else 1.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, int threads, cudaStream_t stream, int cluster, A&&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {1, unsigned(cluster), 1};
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // an error shows in cudaGetLastError
+}
+#endif
+
+// 2^x for x <= 0 in one instruction, results below 2^-126 as 0. Relative error at most 2^-22.
+__device__ __forceinline__ float exp2_flushed(float x) {
+#ifdef CECE_EMULATE
+  const float y = ::exp2f(x);
+  return y < 0x1p-126f ? 0.f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+}  // namespace cece::cuda
