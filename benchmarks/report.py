@@ -182,7 +182,8 @@ def plot_gpu(data, path):
         axes.set_xticks(classes, [str(c) for c in classes], fontsize=8, rotation=30)
         axes.set_ylim(0, 1.08 * max(data["copy_gbs"], *(gbs for points in lines.values() for gbs in points.values())))
         axes.set(title=f"{data['device']}: {title}", xlabel="classes", ylabel="GB/s, forward + backward")
-        axes.legend(fontsize=8, loc="lower right")
+    named = {name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), fontsize=9)
     save(figure, path)
 
 
