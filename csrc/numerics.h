@@ -65,6 +65,8 @@ CECE_HD double abs_(double x) { return ::fabs(x); }
 // e^x for x <= 0. float: at most 2 ULP, with gradual underflow; 0 at -inf.
 CECE_HD float exp_nonpositive(float x) { return ::expf(x); }
 CECE_HD double exp_nonpositive(double x) { return ::exp(x); }
+CECE_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
+CECE_HD double expm1_nonpositive(double x) { return ::expm1(x); }
 // log(1 + z) for z >= -1, and a faster one for 0 <= z <= 1
 CECE_HD float log1p_(float z) { return ::log1pf(z); }
 CECE_HD double log1p_(double z) { return ::log1p(z); }
@@ -73,8 +75,6 @@ CECE_HD double log1p_unit(double z) { return ::log1p(z); }
 // log(z), for z in [0, 1]
 CECE_HD float log_(float z) { return ::logf(z); }
 CECE_HD double log_(double z) { return ::log(z); }
-CECE_HD float expm1_(float x) { return ::expm1f(x); }
-CECE_HD double expm1_(double x) { return ::expm1(x); }
 
 // a * b, but 0 wherever a is 0: an impossible outcome costs nothing, however impossible.
 template <class T>
@@ -186,7 +186,7 @@ CECE_HD T row_slope(T x, T max, T log_sum, T mass, T q) {
 template <class T>
 CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {
   const T nll = negative_log_probability(x, max, log_sum);
-  return times(kept, expm1_(-nll)) + (exp_nonpositive(-nll) * spread_mass - q);
+  return times(kept, expm1_nonpositive(-nll)) + (exp_nonpositive(-nll) * spread_mass - q);
 }
 
 // --------------------------------------------------------------------------------- binary cross-entropy

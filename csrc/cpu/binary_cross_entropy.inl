@@ -28,6 +28,14 @@ inline bool one_run(const Shape& s, int64_t begin, int64_t n) {
   return s.dims < 2 || begin % s.size[s.dims - 1] + n <= s.size[s.dims - 1];
 }
 
+// How many elements to take at once from `begin` on: not across the end of a row, where rows are long. Operands that
+// could not be merged with the others are then still runs.
+inline int64_t block_length(const Shape& s, int64_t begin, int64_t end) {
+  const int64_t inner = s.dims ? s.size[s.dims - 1] : 1;
+  const int64_t n = std::min(kBlock, end - begin);
+  return inner < 256 ? n : std::min(n, inner - begin % inner);
+}
+
 template <class A>
 inline const A* gather(const Shape& s, const Operand& t, int64_t begin, int64_t n, A* buffer) {
   const int64_t stride = inner_stride(s, t);
@@ -59,15 +67,16 @@ struct BinaryCrossEntropyOf {
   }
   static V optional(const A* t, int64_t i, int64_t count) { return t ? load_vector(t + i, count) : V(A(1)); }
 
-  template <class Loss>
+  // Reports the first of n elements that is no probability, or whose target is none.
   static void check(const Args& a, const Inputs& in, int64_t begin, int64_t n) {
-    if constexpr (Loss::kProbabilities) {
-      const auto bad = [](A v) { return !(v >= A(0) && v <= A(1)); };
-      bool any = false;
-      for (int64_t i = 0; i < n; i++) any |= bad(in.x[i]) | bad(in.y[i]);
-      for (int64_t i = 0; any && i < n; i++) {
-        if (bad(in.x[i]) || bad(in.y[i])) return report(a.bad, begin + i);
-      }
+    const auto fine = [](auto v) { return (v >= decltype(v)(A(0))) & (v <= decltype(v)(A(1))); };
+    V all = V(A(0)) == V(A(0));
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) all = all & fine(V::loadu(in.x + i)) & fine(V::loadu(in.y + i));
+    bool good = all.zero_mask() == 0;
+    for (; i < n; i++) good = good && fine(in.x[i]) && fine(in.y[i]);
+    for (i = 0; !good && i < n; i++) {
+      if (!(fine(in.x[i]) && fine(in.y[i]))) return report(a.bad, begin + i);
     }
   }
 
@@ -77,10 +86,10 @@ struct BinaryCrossEntropyOf {
     Buffers b;
     double total = 0;
     const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
-    for (int64_t begin = task * kChunk; begin < end; begin += kBlock) {
-      const int64_t n = std::min(kBlock, end - begin);
+    for (int64_t begin = task * kChunk, n; begin < end; begin += n) {
+      n = block_length(a.shape, begin, end);
       const Inputs in = read(a, begin, n, b);
-      check<Loss>(a, in, begin, n);
+      if constexpr (Loss::kProbabilities) check(a, in, begin, n);
       A* out = a.loss.data ? static_cast<A*>(a.loss.data) + begin : nullptr;
       for (int64_t from = 0; from < n; from += kSum) {
         V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
@@ -108,8 +117,8 @@ struct BinaryCrossEntropyOf {
     const A scale = a.reduction == Reduction::mean ? A(1) / A(a.shape.count) : A(1);
     const int64_t out_stride = inner_stride(a.shape, a.grad_input);
     const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
-    for (int64_t begin = task * kChunk; begin < end; begin += kBlock) {
-      const int64_t n = std::min(kBlock, end - begin);
+    for (int64_t begin = task * kChunk, n; begin < end; begin += n) {
+      n = block_length(a.shape, begin, end);
       const Inputs in = read(a, begin, n, b);
       const A* g = a.reduction == Reduction::none ? gather(a.shape, a.grad_loss, begin, n, b.g) : nullptr;
       const V common(g ? A(1) : *static_cast<const A*>(a.grad_loss.data) * scale);

@@ -114,17 +114,30 @@ struct CrossEntropy {
     return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
+  // Adds a block's masses and gaps. While the maximum is finite a gap is a difference, and where every class has the
+  // same mass it is left out until the end.
   template <Target K>
   static void add_gaps(TargetGaps<double>& s, const A* x, int64_t n, A max, const Masses<K>& q) {
-    TargetGaps<V> sum[2];
+    if (!(max <= std::numeric_limits<A>::max())) {
+      for (int64_t i = 0; i < n; i++) s.push(q.at(i), x[i], max);
+      return;
+    }
+    const bool even = K == Target::smooth && !q.w;
+    const V m(max), zero(A(0));
+    V gaps[2] = {zero, zero}, mass[2] = {zero, zero};
     int turn = 0;
     each_vector<A>(n, [&](int64_t i, int64_t count) {
-      V mass = q.at(i, count);
-      if (count < kLanes) mass = V::set(V(A(0)), mass, count);
-      sum[turn ^= 1].push(mass, load_vector(x + i, count), V(max));
+      V gap = m - load_vector(x + i, count);
+      V q_i = even ? V(A(1)) : q.at(i, count);
+      if (!even) gap = times(q_i, gap);
+      if (count < kLanes) gap = V::set(zero, gap, count), q_i = V::set(zero, q_i, count);
+      turn ^= 1;
+      gaps[turn] = gaps[turn] + gap;
+      mass[turn] = mass[turn] + q_i;
     });
-    s.gaps += sum_lanes(sum[0].gaps + sum[1].gaps);
-    s.mass += sum_lanes(sum[0].mass + sum[1].mass);
+    const double unit = even ? q.spread : A(1);
+    s.gaps += unit * sum_lanes(gaps[0] + gaps[1]);
+    s.mass += unit * sum_lanes(mass[0] + mass[1]);
   }
 
   template <Target K>
@@ -282,16 +295,18 @@ struct CrossEntropy {
 
   // ---- rows side by side, one a lane
 
-  struct Block {  // rows first ... first + n - 1, and where their class 0 is
-    int64_t first, n, at_x, at_t, at_out, x_stride, t_stride, out_stride;
-    int64_t y[kPixels];
+  struct Block {  // rows first ... first + n - 1, in `lanes` lanes, and where their class 0 is
+    int64_t first, n, lanes, at_x, at_t, at_out, x_stride, t_stride, out_stride;
+    int64_t y[kMaxPixels];
   };
   static void locate(const Args& a, int64_t task, Block& b) {
     const int last = a.rows.dims - 1;
-    const int64_t inner = last < 0 ? 1 : a.rows.size[last], blocks = (inner + kPixels - 1) / kPixels;
+    const int64_t pixels = pixels_per_task(a);
+    const int64_t inner = last < 0 ? 1 : a.rows.size[last], blocks = (inner + pixels - 1) / pixels;
     const auto along = [&](const Operand& t) { return last < 0 ? 0 : t.stride[last]; };
-    b.first = task / blocks * inner + task % blocks * kPixels;
-    b.n = std::min(kPixels, inner - task % blocks * kPixels);
+    b.first = task / blocks * inner + task % blocks * pixels;
+    b.n = std::min(pixels, inner - task % blocks * pixels);
+    b.lanes = (b.n + kLanes - 1) / kLanes * kLanes;
     b.at_x = offset_of(a.rows, a.logits, b.first);
     b.at_t = offset_of(a.rows, a.probabilities, b.first);
     b.at_out = offset_of(a.rows, a.grad_logits, b.first);
@@ -310,29 +325,35 @@ struct CrossEntropy {
     });
   }
 
+  // The run of the next class, asked for while this one is worked on: it is far away, and the prefetcher starts anew.
+  static const char* next_run(const Args& a, const Block& b, int64_t c) {
+    const int64_t next = std::min(c + 1, a.classes - 1);
+    return static_cast<const char*>(a.logits.data) + (b.at_x + next * a.logits.class_stride) * size_of(a.logits.dtype);
+  }
+
   template <Target K>
   static void forward_block(const Args& a, int64_t task) {
     constexpr int64_t kGroup = 256;  // classes summed in one go: keeps a float sum of many classes accurate
     Block b;
     locate(a, task, b);
-    alignas(64) A buffer[kPixels], t_buffer[kPixels], x_y[kPixels], w_y[kPixels];
-    alignas(64) A max[kPixels], rest[kPixels], gaps[kPixels], mass[kPixels], max_all[kPixels], rest_all[kPixels];
-    const auto reset = [](A* max, A* rest) {
-      std::fill_n(max, kPixels, lowest<A>());
-      std::fill_n(rest, kPixels, A(-1));
+    alignas(64) A buffer[kMaxPixels], t_buffer[kMaxPixels], x_y[kMaxPixels], w_y[kMaxPixels];
+    alignas(64) A max[kMaxPixels], rest[kMaxPixels], gaps[kMaxPixels], mass[kMaxPixels], max_all[kMaxPixels], rest_all[kMaxPixels];
+    const auto reset = [&](A* max, A* rest) {
+      std::fill_n(max, b.lanes, lowest<A>());
+      std::fill_n(rest, b.lanes, A(-1));
     };
     const auto merge_group = [&](bool last) {
-      for (int64_t i = 0; i < b.n; i += kLanes) {
+      for (int64_t i = 0; i < b.lanes; i += kLanes) {
         LogSumExp<V> s{V::loadu(max_all + i), V::loadu(rest_all + i)};
         s.merge({V::loadu(max + i), V::loadu(rest + i)});
         s.max.store(max_all + i), s.rest.store(rest_all + i);
       }
-      if (!last) std::fill_n(rest, kPixels, A(-1));  // the maximum goes on: gaps are relative to it
+      if (!last) std::fill_n(rest, b.lanes, A(-1));  // the maximum goes on: gaps are relative to it
     };
     reset(max, rest), reset(max_all, rest_all);
-    std::fill_n(gaps, kPixels, A(0)), std::fill_n(mass, kPixels, A(0));
-    gather_labels(a, b, x_y, w_y);
+    std::fill_n(gaps, b.lanes, A(0)), std::fill_n(mass, b.lanes, A(0));
 
+    const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
       const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer);
       const A* t = nullptr;
@@ -340,7 +361,9 @@ struct CrossEntropy {
         t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, t_buffer);
       }
       const V w(class_weight(a, c));
+      const char* next = next_run(a, b, c);
       each_vector<A>(b.n, [&](int64_t i, int64_t count) {
+        __builtin_prefetch(next + i * step);
         const V x_i = load_vector(x + i, count);
         LogSumExp<V> s{V::loadu(max + i), V::loadu(rest + i)};
         const V old_max = s.max;
@@ -358,6 +381,7 @@ struct CrossEntropy {
       if (c % kGroup == kGroup - 1 && c + 1 < a.classes) merge_group(false);
     }
     merge_group(true);
+    gather_labels(a, b, x_y, w_y);  // now, while the block is in cache
 
     A* out = static_cast<A*>(a.stats) + b.first;
     A* loss = static_cast<A*>(a.loss) + b.first;
@@ -380,23 +404,15 @@ struct CrossEntropy {
     const Operand& out = a.grad_logits;
     Block b;
     locate(a, task, b);
-    alignas(64) A buffer[kPixels], t_buffer[kPixels], out_buffer[kPixels], x_y[kPixels], w_y[kPixels];
-    alignas(64) A max[kPixels], log_sum[kPixels], mass[kPixels], g[kPixels], used[kPixels];
-    gather_labels(a, b, x_y, w_y);
-    for (int64_t i = 0; i < kPixels; i++) {
+    alignas(64) A buffer[kMaxPixels], t_buffer[kMaxPixels], out_buffer[kMaxPixels];
+    alignas(64) A max[kMaxPixels], log_sum[kMaxPixels], mass[kMaxPixels], g[kMaxPixels], y[kMaxPixels];
+    for (int64_t i = 0; i < b.lanes; i++) {
       const RowGrad r = i < b.n ? row_grad(a, b.first + i) : RowGrad{0, 0, 0, 0};
       max[i] = r.max, log_sum[i] = r.log_sum, mass[i] = r.mass, g[i] = r.g;
-      used[i] = K == Target::soft || (i < b.n && b.y[i] != kIgnored);
-      if (i >= b.n) x_y[i] = w_y[i] = 0;
+      y[i] = i < b.n ? A(b.y[i]) : A(kIgnored);
     }
-    for (int64_t i = 0; i < kPixels; i += kLanes) {  // the label's slope, before its logit is overwritten
-      if constexpr (K != Target::soft) {
-        const V w = V::loadu(w_y + i), kept = w * V(keep(a));
-        const V slope = label_slope(V::loadu(x_y + i), V::loadu(max + i), V::loadu(log_sum + i), kept,
-                                    V::loadu(mass + i) - kept, w * V(spread(a)));
-        (slope * V::loadu(g + i)).store(x_y + i);
-      }
-    }
+    const V keep_v(keep(a)), spread_v(spread(a));
+    const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
       const int64_t at = b.at_out + c * out.class_stride;
       const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer);
@@ -405,24 +421,29 @@ struct CrossEntropy {
         t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, t_buffer);
       }
       A* slopes = room(out, at, b.out_stride, out_buffer);
-      const V w(class_weight(a, c));
+      const V w(class_weight(a, c)), this_class = V(A(c));
+      const char* next = next_run(a, b, c);
       each_vector<A>(b.n, [&](int64_t i, int64_t count) {
+        __builtin_prefetch(next + i * step);
+        const V x_i = load_vector(x + i, count), y_i = V::loadu(y + i);
+        const V max_i = V::loadu(max + i), log_sum_i = V::loadu(log_sum + i), mass_i = V::loadu(mass + i);
         V q(A(0));
-        if constexpr (K == Target::smooth) q = V(spread(a)) * w;
-        if constexpr (K == Target::soft) q = smoothed(load_vector(t + i, count), V(keep(a)), V(spread(a))) * w;
-        const V slope = row_slope(load_vector(x + i, count), V::loadu(max + i), V::loadu(log_sum + i),
-                                  V::loadu(mass + i), q);
-        store_vector(slopes + i, times(V::loadu(used + i), V::loadu(g + i) * slope), count);
+        if constexpr (K == Target::smooth) q = spread_v * w;
+        if constexpr (K == Target::soft) q = smoothed(load_vector(t + i, count), keep_v, spread_v) * w;
+        V slope = row_slope(x_i, max_i, log_sum_i, mass_i, q);
+        if constexpr (K != Target::soft) {
+          const V labelled = y_i == this_class;
+          if (labelled.zero_mask() != (1 << kLanes) - 1) {
+            const V kept = keep_v * w;
+            slope = select(labelled, label_slope(x_i, max_i, log_sum_i, kept, mass_i - kept, q), slope);
+          }
+        }
+        slope = slope * V::loadu(g + i);
+        if constexpr (K != Target::soft) slope = select(y_i == V(A(kIgnored)), V(A(0)), slope);
+        store_vector(slopes + i, slope, count);
       });
       store(out, at, b.out_stride, b.n, slopes);
     }
-    visit(out.dtype, [&](auto type) {
-      using S = typename decltype(type)::type;
-      S* grad = static_cast<S*>(out.data) + b.at_out;
-      for (int64_t i = 0; i < b.n; i++) {
-        if (b.y[i] >= 0) grad[b.y[i] * out.class_stride + i * b.out_stride] = static_cast<S>(x_y[i]);
-      }
-    });
   }
 
   static void forward_pixels(const Args& a, int64_t begin, int64_t end) {
@@ -438,24 +459,35 @@ struct CrossEntropy {
 
   // ---- the mean or sum of the rows' losses, in double and in a fixed order
 
-  static void reduce(const Args& a) {
-    constexpr int64_t kLane = 8;  // independent sums: additions of one would wait for each other
-    double loss[kLane] = {}, weight[kLane] = {};
-    const bool weighted = a.reduction == Reduction::mean && !a.probabilities.data;
+  static bool weighs_labels(const Args& a) { return a.reduction == Reduction::mean && !a.probabilities.data; }
+
+  static void reduce(const Args& a, double* sums, int64_t begin, int64_t end) {
+    constexpr int64_t kSums = 8;  // side by side: an addition would wait for the one before it
     const A* losses = static_cast<const A*>(a.loss);
-    for (int64_t row = 0; row < a.rows.count; row++) loss[row % kLane] += losses[row];
-    for (int64_t row = 0; weighted && row < a.rows.count; row++) {
-      const int64_t y = label(a, row);
-      if (y >= 0) weight[row % kLane] += class_weight(a, y);
+    const bool weighs = weighs_labels(a);
+    for (int64_t task = begin; task < end; task++) {
+      double loss[kSums] = {}, weight[kSums] = {};
+      const int64_t last = std::min((task + 1) * kChunk, a.rows.count);
+      for (int64_t row = task * kChunk; row < last; row++) loss[row % kSums] += losses[row];
+      for (int64_t row = task * kChunk; weighs && row < last; row++) {
+        const int64_t y = label(a, row);
+        weight[row % kSums] += y >= 0 ? class_weight(a, y) : A(0);
+      }
+      sums[2 * task] = sums[2 * task + 1] = 0;
+      for (int64_t k = 0; k < kSums; k++) sums[2 * task] += loss[k], sums[2 * task + 1] += weight[k];
     }
-    double total_loss = 0, total_weight = weighted ? 0 : double(a.rows.count);
-    for (int64_t k = 0; k < kLane; k++) total_loss += loss[k], total_weight += weight[k];
-    *static_cast<A*>(a.total_weight) = A(total_weight);
-    *static_cast<A*>(a.reduced) = A(a.reduction == Reduction::mean ? total_loss / total_weight : total_loss);
+  }
+
+  static void total(const Args& a, const double* sums, int64_t chunks) {
+    double loss = 0, weight = 0;
+    for (int64_t i = 0; i < chunks; i++) loss += sums[2 * i], weight += sums[2 * i + 1];
+    if (!weighs_labels(a)) weight = double(a.rows.count);
+    *static_cast<A*>(a.total_weight) = A(weight);
+    *static_cast<A*>(a.reduced) = A(a.reduction == Reduction::mean ? loss / weight : loss);
   }
 
   static constexpr CrossEntropyKernels<A> kernels = {forward_rows,   finish_rows,     backward_rows,
-                                                     forward_pixels, backward_pixels, reduce};
+                                                     forward_pixels, backward_pixels, reduce, total};
 };
 
 }  // namespace

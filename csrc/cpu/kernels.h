@@ -11,13 +11,21 @@ struct RowState {
 
 // Work is cut the same way whatever the number of threads, so that results are bit-identical for any.
 constexpr int64_t kSegment = 1 << 16;  // classes of one row that one task handles
-constexpr int64_t kPixels = 256;       // rows that a task handles side by side, one a lane
-constexpr int64_t kChunk = 1 << 14;    // elements of an elementwise loss that one task handles
+constexpr int64_t kChunk = 1 << 14;    // elements of an elementwise loss, or rows to be summed, that one task handles
 
 // Rows side by side when a row's classes are few or far apart, else one row at a time.
 inline bool side_by_side(const CrossEntropyArgs& a) {
   const int64_t pixel_stride = a.rows.dims ? a.logits.stride[a.rows.dims - 1] : 0;
+  if (a.classes >= 1 << 24) return false;  // a lane holds its class as a float
   return a.classes <= 48 || (a.logits.class_stride != 1 && pixel_stride == 1);
+}
+
+// Rows that a task handles side by side, one a lane. Long runs where rows are contiguous: a class's run is a page of its
+// own, and shorter ones leave the prefetcher cold. Few where they are gathered, so that all their classes stay in L1.
+constexpr int64_t kMaxPixels = 1024;
+inline int64_t pixels_per_task(const CrossEntropyArgs& a) {
+  const bool contiguous = a.rows.dims && a.logits.stride[a.rows.dims - 1] == 1;
+  return contiguous ? kMaxPixels : 128;
 }
 
 template <class A>
@@ -26,10 +34,12 @@ struct CrossEntropyKernels {
   void (*forward_rows)(const CrossEntropyArgs&, RowState* states, int64_t begin, int64_t end);
   void (*finish_rows)(const CrossEntropyArgs&, const RowState* states, int64_t begin, int64_t end);
   void (*backward_rows)(const CrossEntropyArgs&, int64_t begin, int64_t end);
-  // tasks: blocks of kPixels rows along the last dimension
+  // tasks: blocks of pixels_per_task rows along the last dimension
   void (*forward_pixels)(const CrossEntropyArgs&, int64_t begin, int64_t end);
   void (*backward_pixels)(const CrossEntropyArgs&, int64_t begin, int64_t end);
-  void (*reduce)(const CrossEntropyArgs&);
+  // tasks: chunks of kChunk rows; sums: their (loss, weight) pairs. total: all of them
+  void (*reduce)(const CrossEntropyArgs&, double* sums, int64_t begin, int64_t end);
+  void (*total)(const CrossEntropyArgs&, const double* sums, int64_t chunks);
 };
 
 template <class A>

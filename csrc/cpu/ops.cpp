@@ -79,7 +79,7 @@ int64_t segments(const CrossEntropyArgs& a) { return ceil_div(a.classes, kSegmen
 
 int64_t pixel_tasks(const CrossEntropyArgs& a) {
   const int64_t inner = a.rows.dims ? a.rows.size[a.rows.dims - 1] : 1;
-  return inner ? a.rows.count / inner * ceil_div(inner, kPixels) : 0;
+  return inner ? a.rows.count / inner * ceil_div(inner, pixels_per_task(a)) : 0;
 }
 
 void raise_bad_label(const CrossEntropyCall& call, int64_t row) {
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
   a.bad_row = &bad_row;
   visit_acc(call.acc, [&](const auto& k, const auto&) {
     if (side_by_side(a)) {
-      parallel(pixel_tasks(a), grain(kPixels * a.classes), [&](int64_t b, int64_t e) { k.forward_pixels(a, b, e); });
+      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes), [&](int64_t b, int64_t e) { k.forward_pixels(a, b, e); });
     } else {
       const int64_t parts = segments(a), cost = std::min(a.classes, kSegment);
       std::vector<RowState> states(parts > 1 ? a.rows.count * parts : 0);
@@ -109,7 +109,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
       if (s) k.finish_rows(a, s, 0, a.rows.count);
     }
     if (bad_row < a.rows.count) raise_bad_label(call, bad_row);
-    if (a.reduction != Reduction::none) k.reduce(a);
+    if (a.reduction != Reduction::none) {
+      const int64_t chunks = ceil_div(a.rows.count, kChunk);
+      std::vector<double> sums(2 * chunks);
+      parallel(chunks, 1, [&](int64_t b, int64_t e) { k.reduce(a, sums.data(), b, e); });
+      k.total(a, sums.data(), chunks);
+    }
   });
   return {out.loss, out.stats, out.total_weight};
 }
@@ -122,7 +127,7 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
   const CrossEntropyArgs& a = call.args;
   visit_acc(call.acc, [&](const auto& k, const auto&) {
     if (side_by_side(a)) {
-      parallel(pixel_tasks(a), grain(kPixels * a.classes), [&](int64_t b, int64_t e) { k.backward_pixels(a, b, e); });
+      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes), [&](int64_t b, int64_t e) { k.backward_pixels(a, b, e); });
     } else {
       parallel(a.rows.count * segments(a), grain(std::min(a.classes, kSegment)),
                [&](int64_t b, int64_t e) { k.backward_rows(a, b, e); });
