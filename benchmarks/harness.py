@@ -291,9 +291,7 @@ def main(cases, arguments=None):
         parser.error(f"no case's name contains {args.only!r}")
     torch.set_num_threads(args.threads)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
-        print(
-            f"the machine is busy (load {os.getloadavg()[0]:.1f}): threads that wait for each other, so no times to keep"
-        )
+        print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): these times are not worth keeping")
 
     rows = []
     for case in cases:
