@@ -349,7 +349,7 @@ def main():
     curves, gradients = np.max([worst for _, worst in runs]), np.max([run.gradient_gap for run, _ in runs])
     coincide = bool(curves <= BOUND and gradients <= BOUND)
     print(
-        f"Losses and gradients {'coincide' if coincide else 'DO NOT COINCIDE'}: at most {curves:.1e} and {gradients:.1e}"
+        f"Losses and gradients {'coincide' if coincide else 'DIFFER'}: at most {curves:.1e} and {gradients:.1e}"
         f" apart, the bound is {BOUND:g}. Picture: {arguments.output}"
     )
     return 0 if coincide else 1
