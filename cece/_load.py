@@ -2,7 +2,9 @@
 
 import importlib
 
-REBUILD = "reinstall it where this torch is: pip install --no-build-isolation --force-reinstall --no-deps <cece's folder>"
+REBUILD = (
+    "reinstall it where this torch is: pip install --no-build-isolation --force-reinstall --no-deps <cece's folder>"
+)
 
 
 def _abi(version):

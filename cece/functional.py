@@ -72,7 +72,9 @@ def cross_entropy(
         input,
         target,
         weight,
-        _REDUCTIONS.get(reduction) if reduction.__class__ is str and reduction in _REDUCTIONS else _reduction("cross_entropy", reduction),
+        _REDUCTIONS.get(reduction)
+        if reduction.__class__ is str and reduction in _REDUCTIONS
+        else _reduction("cross_entropy", reduction),
         ignore_index,
         label_smoothing,
         inplace_backward,

@@ -15,9 +15,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, inplace_backward=False
     ):
         functional._reduction("CrossEntropyLoss", reduction)
-        super().__init__(
-            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         self.inplace_backward = inplace_backward
 
     def forward(self, input, target):

@@ -64,9 +64,7 @@ def _batched(size, dim, t):
 
 def _loop(op, size, dims, args):
     """One call for each element of the batch."""
-    outs = [
-        op(*(a.select(d, i) if d is not None else a for a, d in zip(args, dims, strict=True))) for i in range(size)
-    ]
+    outs = [op(*(a.select(d, i) if d is not None else a for a, d in zip(args, dims, strict=True))) for i in range(size)]
     if isinstance(outs[0], torch.Tensor):
         return torch.stack(outs), 0
     return tuple(torch.stack(o) for o in zip(*outs, strict=True)), (0,) * len(outs[0])
@@ -110,9 +108,7 @@ def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reductio
     args = (grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing)
     if weight is not None and in_dims[3] is not None:
         return _loop(CROSS_ENTROPY_BACKWARD, size, in_dims, args)
-    grad, logits, target, stats, total_weight = (
-        _batched(size, in_dims[i], args[i]) for i in (0, 1, 2, 4, 5)
-    )
+    grad, logits, target, stats, total_weight = (_batched(size, in_dims[i], args[i]) for i in (0, 1, 2, 4, 5))
     rows = stats.shape[2:]
     if reduction == MEAN:
         grad = grad / total_weight

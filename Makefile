@@ -1,0 +1,67 @@
+# Two commands do all the set-up there is: `make demo` and `make test`. Both work in a virtual environment of their own.
+# Where the Python that runs them already has torch, that torch is used and never replaced (a GPU machine needs no
+# network); otherwise torch 2.13.0 is installed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format wheel bench report clean
+
+demo: $(VENV)/built
+	$(PIP) scikit-learn matplotlib tqdm
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/built
+	$(PIP) pytest hypothesis mpmath expecttest numpy
+	$(BIN)/python -m pytest -q -ra
+
+# All timings of one run, as JSON; `make report` then writes README's tables and the plots from every JSON there is.
+bench: $(VENV)/built
+	$(PIP) matplotlib numpy
+	$(BIN)/python -m benchmarks
+
+report: $(VENV)/built
+	$(PIP) matplotlib numpy
+	$(BIN)/python -m benchmarks.report
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/built
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# The parent's packages are seen through a .pth file, which also works where the parent is itself a virtual environment.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  $(PYTHON) -c 'import site, sysconfig; print("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}))' \
+	    > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"; \
+	  $(BIN)/python -c 'import torch; print("using torch", torch.__version__, "of", torch.__file__)'; \
+	else \
+	  $(PIP) torch==2.13.0 numpy; \
+	fi
+	@touch $@
+
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	$(PIP) 'setuptools>=77' wheel ninja 'pybind11>=2.13'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m cece
+	@touch $@
+
+$(VENV)/tools:
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) ruff==0.17.6 clang-format==23.1.5
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) cece/*.so cece/_built_for.py
