@@ -123,8 +123,8 @@ def assert_as_good_as_torch(ours, truth, torchs=None, *, scale=0.0, what="", tol
         value = "not computed" if theirs is None else f"{theirs.flatten()[i].item():.17g}"
         raise AssertionError(
             f"{what}: {int((excess > 1).sum())} of {y.numel()} elements; the worst is {at}:"
-            f" ours {o.flatten()[i].item():.17g}, truth {y.flatten()[i].item():.17g}, torch's {value}; error {error.flatten()[i].item():.3g},"
-            f" allowed {allowed.flatten()[i].item():.3g}"
+            f" ours {o.flatten()[i].item():.17g}, truth {y.flatten()[i].item():.17g}, torch's {value};"
+            f" error {error.flatten()[i].item():.3g}, allowed {allowed.flatten()[i].item():.3g}"
         )
 
 

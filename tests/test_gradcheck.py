@@ -1,0 +1,253 @@
+"""Derivatives of every order and mode against finite differences, and torch.func against torch."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import cece
+
+REDUCTIONS = ("none", "mean", "sum")
+f64 = {"dtype": torch.float64}
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+def multi_class(module, soft, smoothing, reduction, weight=None):
+    def loss(x, t, w=weight):
+        return module.cross_entropy(x, t, w, label_smoothing=smoothing, reduction=reduction)
+
+    return loss
+
+
+def cases():
+    return [
+        pytest.param(soft, w, s, r, id=f"{'probabilities' if soft else 'labels'}-w{w:d}-{s}-{r}")
+        for soft, w, s, r in itertools.product((False, True), (False, True), (0.0, 0.2), REDUCTIONS)
+    ]
+
+
+def multi_class_inputs(soft, weight, shape=(4, 5, 3)):  # (N, C, d...)
+    x = torch.randn(shape, **f64).requires_grad_()
+    t = torch.rand(shape, **f64).requires_grad_() if soft else torch.randint(5, (*shape[:1], *shape[2:]))
+    if not soft:
+        t.view(-1)[0] = -100
+    return x, t, torch.rand(5, **f64) + 0.1 if weight else None
+
+
+@pytest.mark.parametrize("soft, weight, smoothing, reduction", cases())
+def test_cross_entropy(soft, weight, smoothing, reduction):
+    for shape in [(2, 5, 2), (2, 5), (5,)]:
+        if len(shape) == 1 and not soft:
+            x, t, w = torch.randn(5, **f64).requires_grad_(), torch.tensor(2), torch.rand(5, **f64) if weight else None
+        else:
+            x, t, w = multi_class_inputs(soft, weight, shape)
+        loss = multi_class(cece, soft, smoothing, reduction, w)
+        f, inputs = (loss, (x, t)) if soft else (lambda x: loss(x, t), (x,))
+        assert gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+        assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("smoothing, reduction", itertools.product((0.0, 0.2), REDUCTIONS))
+def test_cross_entropy_of_wide_rows(smoothing, reduction):
+    """The kernel for rows, with more than 48 classes."""
+    x, t = torch.randn(2, 50, **f64).requires_grad_(), torch.tensor([7, 49])
+    assert gradcheck(lambda x: multi_class(cece, False, smoothing, reduction)(x, t), (x,), check_forward_ad=True)
+    soft = torch.rand(2, 50, **f64).requires_grad_()
+    assert gradcheck(multi_class(cece, True, smoothing, reduction), (x, soft), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("smoothing, reduction", itertools.product((0.0, 0.2), REDUCTIONS))
+def test_cross_entropy_weight(smoothing, reduction):
+    """Class weights of probability targets are differentiable."""
+    x, t, w = multi_class_inputs(True, True, (2, 5))
+    w = w.requires_grad_()
+    loss = multi_class(cece, True, smoothing, reduction)
+    assert gradcheck(loss, (x, t, w), check_forward_ad=True)
+    assert gradgradcheck(loss, (x, t, w), check_fwd_over_rev=True)
+
+
+def test_cross_entropy_weight_with_labels_says_it_is_not_implemented():
+    x, t, w = multi_class_inputs(False, True)
+    w = w.requires_grad_()
+    with pytest.raises(NotImplementedError, match="cece.cross_entropy: the derivative for 'weight'"):
+        cece.cross_entropy(x, t, w).backward()
+
+
+def test_third_derivative():
+    x, t, _ = multi_class_inputs(False, False, (3, 5))
+
+    def third(f):
+        g = f(x)
+        for _ in range(3):
+            (g,) = torch.autograd.grad(g.square().sum() if g.dim() else g, x, create_graph=True)
+        return g
+
+    close(third(lambda x: cece.cross_entropy(x, t)), third(lambda x: F.cross_entropy(x, t)))
+    y = torch.rand(3, 5, **f64)
+    close(
+        third(lambda x: cece.binary_cross_entropy_with_logits(x, y)),
+        third(lambda x: F.binary_cross_entropy_with_logits(x, y)),
+    )
+
+
+def binary(module, logits, weight, pos_weight, reduction):
+    def loss(x, y, *rest):
+        rest = list(rest)
+        w = rest.pop(0) if weight else None
+        if logits:
+            p = rest.pop(0) if pos_weight else None
+            return module.binary_cross_entropy_with_logits(x, y, w, pos_weight=p, reduction=reduction)
+        return module.binary_cross_entropy(x, y, w, reduction=reduction)
+
+    return loss
+
+
+def binary_inputs(logits, weight, pos_weight):
+    x = torch.randn(4, 3, **f64) if logits else torch.rand(4, 3, **f64) * 0.9 + 0.05
+    rest = [torch.rand(3, **f64) + 0.1 for _ in range(weight + pos_weight)]
+    return [v.requires_grad_() for v in (x, torch.rand(4, 3, **f64) * 0.9 + 0.05, *rest)]
+
+
+BINARY = [c for c in itertools.product((True, False), (False, True), (False, True), REDUCTIONS) if c[0] or not c[2]]
+
+
+@pytest.mark.parametrize("logits, weight, pos_weight, reduction", BINARY)
+def test_binary(logits, weight, pos_weight, reduction):
+    inputs = binary_inputs(logits, weight, pos_weight)
+    loss = binary(cece, logits, weight, pos_weight, reduction)
+    assert gradcheck(loss, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(loss, inputs, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+# ---- torch.func
+
+
+@pytest.mark.parametrize("soft, weight, smoothing, reduction", cases())
+def test_func_of_cross_entropy(soft, weight, smoothing, reduction):
+    x, t, w = (None if v is None else v.detach() for v in multi_class_inputs(soft, weight))
+    ours, theirs = (multi_class(m, soft, smoothing, reduction, w) for m in (cece, F))
+    if reduction != "none":
+        for transform in (grad, hessian, lambda f: jacfwd(jacrev(f)), lambda f: jacrev(jacfwd(f))):
+            close(transform(ours)(x, t), transform(theirs)(x, t))
+    for transform in (jacrev, jacfwd):
+        close(transform(ours)(x, t), transform(theirs)(x, t))
+    v = torch.randn_like(x)
+    close(jvp(lambda x: ours(x, t), (x,), (v,)), jvp(lambda x: theirs(x, t), (x,), (v,)))
+    out, back = vjp(lambda x: ours(x, t), x)
+    _, torchs = vjp(lambda x: theirs(x, t), x)
+    close(back(torch.ones_like(out)), torchs(torch.ones_like(out)))
+
+
+@pytest.mark.parametrize("soft, weight, smoothing, reduction", cases())
+def test_vmap_of_cross_entropy(soft, weight, smoothing, reduction):
+    """Batches anywhere: of logits, of targets, of weights, one without the other, one within another."""
+    w = torch.rand(5, **f64) + 0.1 if weight else None
+    ours, theirs = (multi_class(m, soft, smoothing, reduction, w) for m in (cece, F))
+    x = torch.randn(6, 4, 5, 3, **f64)
+    t = torch.rand(6, 4, 5, 3, **f64) if soft else torch.randint(5, (6, 4, 3))
+    if not soft:
+        t[1, 0] = -100
+    expected = each(theirs, x, t)  # torch's own vmap has no rule for some of these
+    close(vmap(ours)(x, t), expected)
+    close(vmap(ours, (3, -1))(x.movedim(0, 3), t.movedim(0, -1)), expected)
+    close(vmap(ours, (0, None))(x, t[1]), torch.stack([theirs(a, t[1]) for a in x]))
+    close(vmap(ours, (None, 0))(x[1], t), torch.stack([theirs(x[1], a) for a in t]))
+    flat_x, flat_t = x[..., 0], t[..., 0]
+    nested = torch.stack([each(theirs, a, b) for a, b in zip(flat_x, flat_t, strict=True)])
+    close(vmap(vmap(ours))(flat_x, flat_t), nested)
+    many = torch.rand(6, 5, **f64) + 0.1
+    close(vmap(ours)(x, t, many), each(theirs, x, t, many))
+    if reduction == "none":
+        return
+    close(vmap(grad(ours))(x, t), each(grad(theirs), x, t))
+    close(vmap(grad(ours), (0, None))(x, t[2]), torch.stack([grad(theirs)(a, t[2]) for a in x]))
+    close(vmap(grad(ours))(x, t, many), each(grad(theirs), x, t, many))
+    x1, t1 = x[:, 0, :, 0], t[:, 0, :, 0] if soft else t[:, 1, 0]
+    for transform in (grad, hessian):
+        close(vmap(transform(ours))(x1, t1), each(transform(theirs), x1, t1))
+
+
+def each(f, *batches):
+    return torch.stack([f(*one) for one in zip(*batches, strict=True)])
+
+
+@pytest.mark.parametrize("logits, weight, pos_weight, reduction", BINARY)
+def test_func_and_vmap_of_binary(logits, weight, pos_weight, reduction):
+    ours, theirs = (binary(m, logits, weight, pos_weight, reduction) for m in (cece, F))
+    one = [v.detach() for v in binary_inputs(logits, weight, pos_weight)]
+    batch = [torch.rand(6, *v.shape, **f64) * 0.9 + 0.05 for v in one]
+    close(jacrev(ours)(*one), jacrev(theirs)(*one))
+    close(jacfwd(ours)(*one), jacfwd(theirs)(*one))
+    close(vmap(ours)(*batch), each(theirs, *batch))
+    dims = (0, *(None for _ in one[1:]))
+    close(vmap(ours, dims)(batch[0], *one[1:]), torch.stack([theirs(a, *one[1:]) for a in batch[0]]))
+    if reduction != "none":
+        close(grad(ours)(*one), grad(theirs)(*one))
+        close(hessian(ours)(*one), hessian(theirs)(*one))
+        close(vmap(grad(ours))(*batch), each(grad(theirs), *batch))
+
+
+def test_per_sample_gradients_of_a_model():
+    """What vmap(grad) is for: the gradient of each sample of a batch."""
+    model = torch.nn.Linear(7, 60)
+    params = {k: v.detach() for k, v in model.named_parameters()}
+    x, y = torch.randn(9, 7), torch.randint(60, (9,))
+
+    def loss(params, x, y):
+        return cece.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+
+    each = vmap(grad(loss), (None, 0, 0))(params, x, y)
+    for i in range(9):
+        for k, g in grad(loss)(params, x[i], y[i]).items():
+            torch.testing.assert_close(each[k][i], g, rtol=1e-5, atol=1e-6)
+
+
+def test_forward_mode_dual_numbers():
+    x, v, t = torch.randn(4, 5, **f64), torch.randn(4, 5, **f64), torch.randint(5, (4,))
+    with forward_ad.dual_level():
+        ours, theirs = (m.cross_entropy(forward_ad.make_dual(x, v), t) for m in (cece, F))
+        close(forward_ad.unpack_dual(ours).tangent, forward_ad.unpack_dual(theirs).tangent)
+
+
+def test_retain_graph_twice():
+    x, t = torch.randn(4, 5, **f64).requires_grad_(), torch.randint(5, (4,))
+    for loss in (cece.cross_entropy(x, t), cece.binary_cross_entropy_with_logits(x, torch.rand(4, 5))):
+        x.grad = None
+        loss.backward(retain_graph=True)
+        once = x.grad.clone()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        torch.testing.assert_close(x.grad, 3 * once, rtol=1e-15, atol=0)
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("saves", ["input", "target", "weight"])
+def test_a_saved_tensor_that_was_changed_is_noticed(saves):
+    t = {"input": torch.randn(4, 5).requires_grad_(), "target": torch.rand(4, 5), "weight": torch.rand(5)}
+    t = {k: v * 1 for k, v in t.items()}
+    loss = cece.cross_entropy(**t)
+    with torch.no_grad():
+        t[saves].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_anomaly_mode_and_hooks():
+    x = torch.randn(4, 5).requires_grad_()
+    seen = []
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss = cece.cross_entropy(x, torch.randint(5, (4,)))
+        x.register_hook(lambda g: seen.append(g.shape))
+        loss.backward()
+    assert seen == [(4, 5)]
+    assert "CrossEntropy" in loss.grad_fn.name()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        again = cece.cross_entropy(x, torch.randint(5, (4,)))
+    again.backward()
