@@ -67,6 +67,12 @@ CECE_HD float exp_nonpositive(float x) { return ::expf(x); }
 CECE_HD double exp_nonpositive(double x) { return ::exp(x); }
 CECE_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
 CECE_HD double expm1_nonpositive(double x) { return ::expm1(x); }
+struct Exp {  // the same as an object, for formulas that can do with a rougher one
+  template <class T>
+  CECE_HD T operator()(T x) const {
+    return exp_nonpositive(x);
+  }
+};
 // log(1 + z) for z >= -1, and a faster one for 0 <= z <= 1
 CECE_HD float log1p_(float z) { return ::log1pf(z); }
 CECE_HD double log1p_(double z) { return ::log1p(z); }
@@ -110,14 +116,14 @@ struct LogSumExp {
 // The same sum over many logits without a branch, for lanes that share an instruction (a GPU's). Every new logit meets
 // the maximum so far: the greater of the two goes on, the other one joins the sum. The sum is kept relative to the
 // second largest logit, so that its exponentials need be accurate near 1 only, however small all of them are beside
-// the maximum: with Exp's exponent off by a relative e, the sum is off by e times the mean of second - x. The empty
+// the maximum: with E's exponent off by a relative e, the sum is off by e times the mean of second - x. The empty
 // state is a virtual logit at the lowest finite number with the weight -1, which the first real one to pass cancels.
 template <class T>
 struct Tournament {
   T max = lowest<T>(), second = lowest<T>(), sum = T(-1);
 
-  template <int N, class Exp>
-  CECE_HD void push(const T (&x)[N], Exp exp) {
+  template <int N, class E = Exp>
+  CECE_HD void push(const T (&x)[N], E exp = E()) {
     T loser[N];
     const T before = second;
     for (int i = 0; i < N; i++) {
@@ -142,9 +148,9 @@ template <class T>
 CECE_HD T negative_log_probability(T x, T max, T log_sum) {
   return gap(x, max) + log_sum;
 }
-template <class T>
-CECE_HD T probability(T x, T max, T log_sum) {
-  return exp_nonpositive(-negative_log_probability(x, max, log_sum));
+template <class T, class E = Exp>
+CECE_HD T probability(T x, T max, T log_sum, E exp = E()) {
+  return exp(-negative_log_probability(x, max, log_sum));
 }
 
 // The target of one row as masses q_j on the classes:
@@ -178,9 +184,9 @@ CECE_HD T row_loss(T kept, T label_logit, TargetGaps<T> rest, T max, T log_sum) 
 }
 
 // dloss/dx_j = p_j mass - q_j, for a class that is not the label or any class of a probability target.
-template <class T>
-CECE_HD T row_slope(T x, T max, T log_sum, T mass, T q) {
-  return probability(x, max, log_sum) * mass - q;
+template <class T, class E = Exp>
+CECE_HD T row_slope(T x, T max, T log_sum, T mass, T q, E exp = E()) {
+  return probability(x, max, log_sum, exp) * mass - q;
 }
 // The same for the label: p_y - 1 = expm1(-nll) keeps its bits where p_y rounds to 1.
 template <class T>

@@ -53,7 +53,7 @@ template <class S, int N>
 __device__ __forceinline__ void load_targets(const Operand& t, int64_t i, AccOf<S> (&out)[N]) {
   using A = AccOf<S>;
   if (t.dtype == kDtype<S> && reinterpret_cast<uintptr_t>(static_cast<const S*>(t.data) + i) % 16 == 0) {
-    return widen_pack(load_pack(static_cast<const S*>(t.data) + i), out);
+    return widen_pack(load_pack<S>(reinterpret_cast<const uint4*>(static_cast<const S*>(t.data) + i)), out);
   }
   switch (t.dtype) {
     case Dtype::f64: return widen_run<A, double>(t.data, i, out);
@@ -95,7 +95,7 @@ struct Elements {
 template <class S>
 __device__ __forceinline__ auto load_packed(const BinaryCrossEntropyArgs& a, const Layouts& layouts, int64_t i) {
   Elements<S, Pack<S>::kSize> e;
-  widen_pack(load_pack(static_cast<const S*>(a.input.data) + i), e.x);
+  widen_pack(load_pack<S>(reinterpret_cast<const uint4*>(static_cast<const S*>(a.input.data) + i)), e.x);
   load_targets<S>(a.target, i, e.y);
   const bool repeats = layouts.weight == Layout::last || layouts.pos_weight == Layout::last ||
                        layouts.grad_loss == Layout::last;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kElementThreads, kDtype<S> == Dtype::f64 ? 2 :
     for (int k = 0; k < N; k++) {
       grad.v[k] = narrow<S>(slope_of<Loss>(e.x[k], e.y[k], e.w[k], e.p[k], e.g[k] * common));
     }
-    store_pack(out, grad);
+    store_pack(reinterpret_cast<uint4*>(out), grad);
   }
   for (int64_t s = thread; s < cut.single; s += threads) {
     const int64_t i = cut.at(s);

@@ -61,24 +61,16 @@ __device__ __forceinline__ A mass_of(const RowArgs<A>& a, A t, int64_t c) {
 
 // ---- forward: what a thread has seen of a row
 
-// e^x for x <= 0, as a Tournament needs it: relative error 2^-22 + |x| 2^-24 + |x| 2^-26 (the constant's), which at
-// the mean of |x| under the sum's own weights is within 4 ULP of the sum for rows of up to e^8 equal logits. Two
-// instructions instead of expf's eight, for logits of 16 bits: of them a multiprocessor must take 10 a clock to keep
-// up with memory, which leaves 12 instructions each. float32, at half that rate, affords expf.
-template <class S>
-struct Exp {
-  template <class A>
-  __device__ __forceinline__ A operator()(A x) const {
-    return exp_nonpositive(x);
-  }
-};
+// e^x for x <= 0 in two instructions instead of expf's eight, for logits of 16 bits: of them a multiprocessor must take
+// 10 a clock to keep up with memory, which leaves 12 instructions each. float32, at half that rate, affords expf.
+// Relative error 2^-22 + |x| (2^-24 + 2^-26), of the instruction, the product and the constant; 0 below 2^-126.
+//   In a Tournament |x| is, under the sum's own weights, at most log C on average: below 4 ULP of the sum.
+//   In a gradient |x| < 88: 8e-6, and rounding to 16 bits is 5e-4 or more.
 struct BriefExp {
   __device__ __forceinline__ float operator()(float x) const { return exp2_flushed(x * 1.44269504f); }
 };
-template <>
-struct Exp<__half> : BriefExp {};
-template <>
-struct Exp<__nv_bfloat16> : BriefExp {};
+template <class S>
+using ExpOf = std::conditional_t<sizeof(S) == 2, BriefExp, Exp>;
 
 // A row, or a part of one, as it is merged.
 template <Target K, class A>
@@ -112,7 +104,7 @@ struct Reader {
   template <int N>
   __device__ __forceinline__ void push(const A (&x)[N], const A (&q)[N]) {  // masses q, unused with a hard label
     const A before = logits.max;
-    logits.push(x, Exp<S>());
+    logits.push(x, ExpOf<S>());
     if (K == Target::hard) return;
     target.rebase(before, logits.max);
 #pragma unroll
@@ -148,34 +140,30 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
   const Cut<S> cut(packs_with<S>(x, a.logits, at_x) && (K != Target::soft || packs_with<S>(x, a.probabilities, at_t)), x,
                    end - begin);
 
+  const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head);
+  const uint4* const packs_t = reinterpret_cast<const uint4*>(t + cut.head);
   for (int64_t p = lane; p < cut.packs; p += U * lanes) {
     Pack<S> raw[U], raw_t[U];
 #pragma unroll
     for (int u = 0; u < U; u++) {  // all loads before the first use
-      const int64_t i = cut.head + (p + u * lanes) * N;
-      if (p + u * lanes < cut.packs) {
-        raw[u] = load_pack(x + i);
-        if (K == Target::soft) raw_t[u] = load_pack(t + i);
-      } else {
-#pragma unroll
-        for (int k = 0; k < N; k++) raw[u].v[k] = raw_t[u].v[k] = narrow<S>(minus_infinity<A>());
-      }
+      const int64_t i = p + u * lanes;
+      raw[u] = i < cut.packs ? load_pack<S>(packs + i) : nothing<S>();
+      if (K == Target::soft && i < cut.packs) raw_t[u] = load_pack<S>(packs_t + i);
     }
 #pragma unroll
     for (int u = 0; u < U; u += kTogether) {
-      A logit[kTogether * N], mass[kTogether * N];
+      A logit[kTogether][N], mass[kTogether][N];
 #pragma unroll
-      for (int k = 0; k < kTogether * N; k++) {
-        const int v = u + k / N;
-        logit[k] = widen<A>(raw[v].v[k % N]);
-        const int64_t i = p + v * lanes;
-        if (K != Target::hard) {
-          mass[k] = i < cut.packs ? mass_of<K>(a, K == Target::soft ? widen<A>(raw_t[v].v[k % N]) : A(0),
-                                               begin + cut.head + i * N + k % N)
-                                  : A(0);
+      for (int v = 0; v < kTogether; v++) {
+        const int64_t i = p + (u + v) * lanes;
+        widen_pack(raw[u + v], logit[v]);
+        if (K == Target::soft) widen_pack(raw_t[u + v], mass[v]);
+#pragma unroll
+        for (int k = 0; K != Target::hard && k < N; k++) {
+          mass[v][k] = i < cut.packs ? mass_of<K>(a, mass[v][k], begin + cut.head + i * N + k) : A(0);
         }
       }
-      reader.push(logit, mass);
+      reader.push(reinterpret_cast<const A(&)[kTogether * N]>(logit), reinterpret_cast<const A(&)[kTogether * N]>(mass));
     }
   }
   for (int64_t s = lane; s < cut.single; s += lanes) {
@@ -218,29 +206,31 @@ __device__ __forceinline__ void finish(const RowArgs<AccOf<S>>& a, int64_t row, 
   write_row(a, row, s.lse.max, log_sum, kept + target.mass, row_loss(kept, x_y, target, s.lse.max, log_sum));
 }
 
-// Part `part` of `parts` of a row's classes.
-struct Part {
-  int64_t begin, end;
-  __device__ Part(int64_t classes, int64_t part, int64_t parts) {
-    const int64_t size = (classes + parts - 1) / parts;
-    begin = part * size < classes ? part * size : classes;
-    end = begin + size < classes ? begin + size : classes;
-  }
+// How rows are spread over threads, all powers of two but `part`: `lanes` = 1 << shift threads a row; blockIdx.y takes
+// `part` of its classes.
+struct Spread {
+  int lanes, shift;
+  int64_t part;
+
+  __device__ int lane() const { return threadIdx.x & (lanes - 1); }
+  __device__ int64_t row() const { return int64_t(blockIdx.x) * (blockDim.x >> shift) + (threadIdx.x >> shift); }
+  __device__ int64_t begin() const { return blockIdx.y * part; }
+  __device__ int64_t end(int64_t classes) const { return begin() + part < classes ? begin() + part : classes; }
+  // Rows of many threads are not read where they have no loss. Short ones are, rather than wait for the label.
+  __device__ bool reads(bool has_loss) const { return lanes <= 32 || has_loss; }
 };
 
-// `lanes` threads a row; blockIdx.y a part of it. states: where to leave a part for finish_rows; null when a row is one
-// part, or when its parts are a cluster.
+// states: where to leave a part for finish_rows; null when a row is one part, or when its parts are a cluster.
 template <class S, Target K>
 __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
-    forward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, int lanes, RowState<K, AccOf<S>>* states) {
-  const int lane = threadIdx.x % lanes;
-  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
+    forward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread, RowState<K, AccOf<S>>* states) {
+  const int lane = spread.lane();
+  const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
   const bool exists = row < a.rows.count;
   const int64_t y = exists ? label<K>(a, row) : kIgnored;
-  const Part part(exists && used<K>(y) ? a.classes : 0, blockIdx.y, gridDim.y);
   RowState<K, AccOf<S>> s;
-  if (part.begin < part.end) s = read_classes<S, K>(a, row, part.begin, part.end, lane, lanes);
-  s = merge_group(s, lanes);
+  if (exists && spread.reads(used<K>(y))) s = read_classes<S, K>(a, row, begin, end, lane, spread.lanes);
+  s = merge_group(s, spread.lanes);
   if (!states && gridDim.y > 1) s = merge_cluster(s);
   if (!exists || lane != 0 || (!states && blockIdx.y > 0)) return;
   if (states) {
@@ -278,9 +268,9 @@ __device__ __forceinline__ RowGrad<A> row_grad(const CrossEntropyArgs& a, int64_
 }
 
 // The gradient at class c of a row with label y: x its logit, t its probability (unused with a label).
-template <Target K, class A>
+template <class S, Target K, class A>
 __device__ __forceinline__ A slope(const RowArgs<A>& a, const RowGrad<A>& r, A x, A t, int64_t c) {
-  return r.g * row_slope(x, r.max, r.log_sum, r.mass, mass_of<K>(a, t, c));
+  return r.g * row_slope(x, r.max, r.log_sum, r.mass, mass_of<K>(a, t, c), ExpOf<S>());
 }
 template <class A>
 __device__ __forceinline__ A slope_at_label(const RowArgs<A>& a, const RowGrad<A>& r, A x, int64_t y) {
@@ -295,74 +285,79 @@ __device__ __forceinline__ A unused_slope(int64_t y) {
 
 // As forward_rows. Every element is read and written by the same thread, so the gradient may overwrite the logits.
 template <class S, Target K>
-__global__ void __launch_bounds__(kMaxThreads, kResident<S, K>) backward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, int lanes) {
+__global__ void __launch_bounds__(kMaxThreads, kResident<S, K>) backward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread) {
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize, U = kPacks / 2;  // read and written: as many bytes in flight
-  const int lane = threadIdx.x % lanes;
-  const int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
+  const int lane = spread.lane(), lanes = spread.lanes;
+  const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
   if (row >= a.rows.count) return;
-  const Part part(a.classes, blockIdx.y, gridDim.y);
   const int64_t y = label<K>(a, row);
   const bool has_loss = used<K>(y);
   const RowGrad<A> r = row_grad<A>(a, row);
-  const int64_t at_x = offset_of(a.rows, a.logits, row) + part.begin * a.logits.class_stride;
-  const int64_t at_out = offset_of(a.rows, a.grad_logits, row) + part.begin * a.grad_logits.class_stride;
+  const int64_t at_x = offset_of(a.rows, a.logits, row) + begin * a.logits.class_stride;
+  const int64_t at_out = offset_of(a.rows, a.grad_logits, row) + begin * a.grad_logits.class_stride;
   const int64_t at_t =
-      K == Target::soft ? offset_of(a.rows, a.probabilities, row) + part.begin * a.probabilities.class_stride : 0;
+      K == Target::soft ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
   const S* const x = static_cast<const S*>(a.logits.data) + at_x;
   const S* const t = static_cast<const S*>(a.probabilities.data) + at_t;
   S* const out = static_cast<S*>(a.grad_logits.data) + at_out;
   const Cut<S> cut(packs_with<S>(x, a.logits, at_x) && packs_with<S>(x, a.grad_logits, at_out) &&
                        (K != Target::soft || packs_with<S>(x, a.probabilities, at_t)),
-                   x, part.end - part.begin);
+                   x, end - begin);
 
+  const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head);
+  const uint4* const packs_t = reinterpret_cast<const uint4*>(t + cut.head);
+  uint4* const packs_out = reinterpret_cast<uint4*>(out + cut.head);
   bool label_here = false;  // whether this thread has met the label, and its logit
   A x_y = A(0);
   for (int64_t p = lane; p < cut.packs; p += U * lanes) {
     Pack<S> raw[U], raw_t[U];
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      const int64_t i = cut.head + (p + u * lanes) * N;
-      if (p + u * lanes < cut.packs && has_loss) {
-        raw[u] = load_pack(x + i);
-        if (K == Target::soft) raw_t[u] = load_pack(t + i);
+      const int64_t i = p + u * lanes;
+      if (i < cut.packs && spread.reads(has_loss)) {
+        raw[u] = load_pack<S>(packs + i);
+        if (K == Target::soft) raw_t[u] = load_pack<S>(packs_t + i);
       }
     }
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      if (p + u * lanes >= cut.packs) break;
-      const int64_t i = cut.head + (p + u * lanes) * N, c = part.begin + i;
-      const bool label_in_pack = K != Target::soft && y >= c && y < c + N;
-      label_here |= label_in_pack;
+      const int64_t i = p + u * lanes, c = begin + cut.head + i * N;
+      if (i >= cut.packs) break;
       Pack<S> grad;
+      A logit[N], p_k[N];
+      widen_pack(raw[u], logit);
+      if (K == Target::soft) widen_pack(raw_t[u], p_k);
+      if (has_loss) {
 #pragma unroll
-      for (int k = 0; k < N; k++) {
-        A v = unused_slope<A>(y);
-        if (has_loss) {
-          const A x_k = widen<A>(raw[u].v[k]);
-          v = slope<K>(a, r, x_k, K == Target::soft ? widen<A>(raw_t[u].v[k]) : A(0), c + k);
-          if (label_in_pack && y == c + k) x_y = x_k;
-        }
-        grad.v[k] = narrow<S>(v);
+        for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, logit[k], p_k[k], c + k));
+      } else {
+#pragma unroll
+        for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(unused_slope<A>(y));
       }
-      store_pack(out + i, grad);
+      if (K != Target::soft && y >= c && y < c + N) {
+        label_here = true;
+#pragma unroll
+        for (int k = 0; k < N; k++) x_y = y == c + k ? logit[k] : x_y;
+      }
+      store_pack(packs_out + i, grad);
     }
   }
   for (int64_t s = lane; s < cut.single; s += lanes) {
-    const int64_t i = cut.at(s), c = part.begin + i;
+    const int64_t i = cut.at(s), c = begin + i;
     A v = unused_slope<A>(y);
     if (has_loss) {
       const A x_i = load_one<S>(a.logits, at_x + i * a.logits.class_stride);
       const A p = K == Target::soft
                       ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride)
                       : A(0);
-      v = slope<K>(a, r, x_i, p, c);
+      v = slope<S, K>(a, r, x_i, p, c);
       if (K != Target::soft && c == y) label_here = true, x_y = x_i;
     }
     store_one<S>(a.grad_logits, at_out + i * a.grad_logits.class_stride, v);
   }
   if (label_here) {  // over what the loops wrote there: one expm1 a row instead of one an element
-    store_one<S>(a.grad_logits, at_out + (y - part.begin) * a.grad_logits.class_stride, slope_at_label(a, r, x_y, y));
+    store_one<S>(a.grad_logits, at_out + (y - begin) * a.grad_logits.class_stride, slope_at_label(a, r, x_y, y));
   }
 }
 
@@ -438,7 +433,7 @@ __global__ void __launch_bounds__(kPixelThreads, kResident<S, K> == 1 ? 1 : 2)
     for (int u = 0; u < kUnroll; u++) {
       const int64_t c = first + u * slices;
       if (c >= a.classes) break;
-      const A v = used<K>(y) ? slope<K>(a, r, x[u], t[u], c) : unused_slope<A>(y);
+      const A v = used<K>(y) ? slope<S, K>(a, r, x[u], t[u], c) : unused_slope<A>(y);
       if (K != Target::soft && c == y) label_here = true, x_y = x[u];
       store_one<S>(a.grad_logits, at_out + c * a.grad_logits.class_stride, v);
     }
@@ -509,6 +504,7 @@ struct CrossEntropy {
     int slices, parts;
     bool clusters;  // of a row's parts
     RowLaunch row;
+    Spread spread;
     int64_t blocks;
     int sums;
   };
@@ -520,6 +516,8 @@ struct CrossEntropy {
     p.row = row_launch(bytes);
     p.parts = p.pixels ? 1 : row_parts(a.rows.count, bytes, d.multiprocessors);
     p.clusters = d.clusters && p.parts > 1 && p.parts <= kMaxCluster;
+    p.spread = {p.row.lanes, 0, (a.classes + p.parts - 1) / p.parts};
+    while (1 << p.spread.shift < p.row.lanes) p.spread.shift++;
     const int rows_a_block = p.pixels ? kPixelThreads / p.slices : p.row.threads / p.row.lanes;
     p.blocks = (a.rows.count + rows_a_block - 1) / rows_a_block;
     p.sums = a.reduction == Reduction::none ? 0 : sum_blocks(a.rows.count);
@@ -540,9 +538,9 @@ struct CrossEntropy {
     auto* const states = static_cast<RowState<K, A>*>(scratch);
     const dim3 grid(unsigned(p.blocks), unsigned(p.parts));
     if (p.parts == 1 || p.clusters) {
-      return launch(forward_rows<S, K>, grid, p.row.threads, stream, p.parts, a, p.row.lanes, nullptr);
+      return launch(forward_rows<S, K>, grid, p.row.threads, stream, p.parts, a, p.spread, nullptr);
     }
-    launch(forward_rows<S, K>, grid, p.row.threads, stream, 1, a, p.row.lanes, states);
+    launch(forward_rows<S, K>, grid, p.row.threads, stream, 1, a, p.spread, states);
     const dim3 finish_grid(unsigned((a.rows.count + kFinishThreads / 32 - 1) / (kFinishThreads / 32)));
     launch(finish_rows<S, K>, finish_grid, kFinishThreads, stream, 1, a, states, p.parts);
   }
@@ -573,7 +571,7 @@ struct CrossEntropy {
         return launch(backward_pixels<S, K>, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
       }
       const dim3 grid(unsigned(p.blocks), unsigned(p.parts));
-      launch(backward_rows<S, K>, grid, p.row.threads, stream, 1, a, p.row.lanes);
+      launch(backward_rows<S, K>, grid, p.row.threads, stream, 1, a, p.spread);
     });
   }
 

@@ -40,6 +40,16 @@ void launch(void (*kernel)(P...), dim3 grid, int threads, cudaStream_t stream, i
 }
 #endif
 
+__device__ __forceinline__ float as_float(uint32_t bits) {
+#ifdef CECE_EMULATE
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#else
+  return __uint_as_float(bits);
+#endif
+}
+
 // 2^x for x <= 0 in one instruction, results below 2^-126 as 0. Relative error at most 2^-22.
 __device__ __forceinline__ float exp2_flushed(float x) {
 #ifdef CECE_EMULATE

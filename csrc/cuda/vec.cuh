@@ -117,24 +117,53 @@ __device__ __forceinline__ int64_t offset_of(const Shape& s, const Operand& t, i
 
 // ---- 16 bytes at a time
 
+// Elements beside each other as they lie in memory: four words, which are moved and filled as such.
 template <class S>
-struct alignas(16) Pack {
+struct Pack {
   static constexpr int kSize = 16 / sizeof(S);
-  S v[kSize];
+  union {
+    uint4 words;
+    S v[kSize];
+  };
+  __device__ __forceinline__ Pack() {}
 };
 template <class S>
-__device__ __forceinline__ Pack<S> load_pack(const S* p) {
-  return *reinterpret_cast<const Pack<S>*>(p);
+__device__ __forceinline__ Pack<S> load_pack(const uint4* p) {
+  Pack<S> pack;
+  pack.words = *p;
+  return pack;
 }
 // Past the L1 and first to leave the L2: nothing in this kernel reads it again.
 template <class S>
-__device__ __forceinline__ void store_pack(S* p, const Pack<S>& pack) {
-  __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&pack));
+__device__ __forceinline__ void store_pack(uint4* p, const Pack<S>& pack) {
+  __stcs(p, pack.words);
 }
 template <class A, class S>
-__device__ __forceinline__ void widen_pack(const Pack<S>& pack, A* out) {
+__device__ __forceinline__ void widen_pack(const Pack<S>& pack, A (&out)[Pack<S>::kSize]) {
+  if constexpr (kDtype<S> == Dtype::bf16 && sizeof(A) == 4) {  // the upper half of a float: one instruction each
+    const uint32_t word[] = {pack.words.x, pack.words.y, pack.words.z, pack.words.w};
 #pragma unroll
-  for (int i = 0; i < Pack<S>::kSize; i++) out[i] = widen<A>(pack.v[i]);
+    for (int i = 0; i < 4; i++) {
+      out[2 * i] = as_float(word[i] << 16);
+      out[2 * i + 1] = as_float(word[i] & 0xFFFF0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Pack<S>::kSize; i++) out[i] = widen<A>(pack.v[i]);
+  }
+}
+
+// A pack of -inf: logits that change nothing.
+template <class S>
+__device__ __forceinline__ Pack<S> nothing() {
+  Pack<S> pack;
+  switch (kDtype<S>) {  // by bits: one word is one instruction
+    case Dtype::f64: pack.words = {0, 0xFFF00000u, 0, 0xFFF00000u}; break;
+    case Dtype::f32: pack.words = {0xFF800000u, 0xFF800000u, 0xFF800000u, 0xFF800000u}; break;
+    case Dtype::f16: pack.words = {0xFC00FC00u, 0xFC00FC00u, 0xFC00FC00u, 0xFC00FC00u}; break;
+    default: pack.words = {0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u};
+  }
+  return pack;
 }
 
 // A run of n elements: `head` up to the first 16-byte boundary, then packs, then a tail. Head and tail are the
