@@ -24,8 +24,16 @@ def _rows(logits):
 # ---- shapes
 
 
+def _check_devices(loss, input, **others):
+    """What csrc/check.h says of real tensors; a meta tensor among them comes here instead."""
+    for name, t in others.items():
+        if t is not None and t.device != input.device:
+            raise RuntimeError(f"cece.{loss}: {name} must be on input's device {input.device}, got {t.device}")
+
+
 @torch.library.register_fake("cece::cross_entropy_forward")
 def _(logits, target, weight, reduction, ignore_index, label_smoothing, inplace_backward=False):
+    _check_devices("cross_entropy", logits, target=target, weight=weight)
     rows = _rows(logits)
     acc = _acc(logits, target if target.dim() == logits.dim() else None)
     loss = logits.new_empty(rows if reduction == NONE else (), dtype=acc)
@@ -44,6 +52,8 @@ def _(grad, logits, target, weight, stats, total_weight, reduction, ignore_index
 
 @torch.library.register_fake("cece::binary_cross_entropy_forward")
 def _(input, target, weight, pos_weight, with_logits, reduction):
+    loss = "binary_cross_entropy_with_logits" if with_logits else "binary_cross_entropy"
+    _check_devices(loss, input, target=target, weight=weight, pos_weight=pos_weight)
     return input.new_empty(input.shape if reduction == NONE else (), dtype=_acc(input, target, weight))
 
 
