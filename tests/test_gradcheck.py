@@ -48,7 +48,7 @@ def test_cross_entropy(soft, weight, smoothing, reduction):
         else:
             x, t, w = multi_class_inputs(soft, weight, shape)
         loss = multi_class(cece, soft, smoothing, reduction, w)
-        f, inputs = (loss, (x, t)) if soft else (lambda x: loss(x, t), (x,))
+        f, inputs = (loss, (x, t)) if soft else (lambda x, t=t, loss=loss: loss(x, t), (x,))
         assert gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
         assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_batched_grad=True)
 

@@ -1,0 +1,501 @@
+"""Bad input: the error's type, and a message that names the argument, what it must be and what it got.
+
+Then hypothesis: whatever comes, cece agrees with torch in float64 or both refuse.
+"""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cece
+
+CE, BCE, PROBS = cece.cross_entropy, cece.binary_cross_entropy_with_logits, cece.binary_cross_entropy
+
+
+def x(*shape, dtype=torch.float32):
+    return torch.rand(*shape).to(dtype)
+
+
+def y(*values):
+    return torch.tensor(values)
+
+
+def bad(i, value, n=6):
+    labels = torch.zeros(n, dtype=torch.long)
+    labels[i] = value
+    return labels
+
+
+# call -> type, and pieces of the message in order
+ERRORS = {
+    "label too large": (
+        lambda: CE(x(6, 5), bad(4, 5)),
+        IndexError,
+        "cece.cross_entropy: Target 5 is out of bounds",
+        "target[4] must be in [0, 5)",
+        "got 5",
+    ),
+    "label negative": (
+        lambda: CE(x(6, 5), bad(0, -1)),
+        IndexError,
+        "Target -1 is out of bounds",
+        "target[0]",
+        "got -1",
+    ),
+    "label far out": (
+        lambda: CE(x(6, 5), bad(0, 2**40)),
+        IndexError,
+        f"Target {2**40} is out of bounds",
+        f"got {2**40}",
+    ),
+    "label whose low bits are one": (
+        lambda: CE(x(6, 5), bad(1, 2**32 + 1)),
+        IndexError,
+        "target[1]",
+        f"got {2**32 + 1}",
+    ),
+    "label in a wide row": (
+        lambda: CE(x(6, 3000), bad(5, 3000)),
+        IndexError,
+        "target[5] must be in [0, 3000)",
+        "got 3000",
+    ),
+    "label of a row in segments": (lambda: CE(x(1, 70000), y(70000)), IndexError, "target[0] must be in [0, 70000)"),
+    "label at a pixel": (
+        lambda: CE(x(2, 3, 4, 5), bad(25, 7, 40).view(2, 4, 5)),
+        IndexError,
+        "target[1, 1, 0] must be in [0, 3)",
+        "got 7",
+    ),
+    "the first of several labels": (lambda: CE(x(6, 5), y(0, 9, 0, 8, 7, 0)), IndexError, "target[1]", "got 9"),
+    "label without a batch": (lambda: CE(x(5), torch.tensor(5)), IndexError, "Target 5 is out of bounds"),
+    "ignore_index is not the label's": (
+        lambda: CE(x(6, 5), bad(2, -100), ignore_index=-1),
+        IndexError,
+        "target[2]",
+        "ignore_index (-1)",
+        "got -100",
+    ),
+    "uint8 label": (lambda: CE(x(6, 5), bad(3, 255).byte()), IndexError, "target[3]", "got 255"),
+    "smoothed and weighted": (
+        lambda: CE(x(6, 5), bad(3, 5), x(5), label_smoothing=0.1),
+        IndexError,
+        "target[3]",
+        "got 5",
+    ),
+    "input of integers": (
+        lambda: CE(torch.zeros(6, 5, dtype=torch.long), bad(0, 0)),
+        RuntimeError,
+        "cece.cross_entropy: input must be float64, float32, float16 or bfloat16, got Long",
+    ),
+    "input complex": (
+        lambda: CE(torch.zeros(6, 5, dtype=torch.cfloat), bad(0, 0)),
+        RuntimeError,
+        "input must be float64",
+        "got ComplexFloat",
+    ),
+    "input without classes": (
+        lambda: CE(torch.tensor(1.0), torch.tensor(0)),
+        RuntimeError,
+        "cece.cross_entropy: input must have shape (C), (N, C)",
+        "got []",
+    ),
+    "input no tensor": (
+        lambda: CE([1.0, 2.0], torch.tensor(0)),
+        TypeError,
+        "cece.cross_entropy: input must be a torch.Tensor, got list",
+    ),
+    "target no tensor": (
+        lambda: CE(x(6, 5), 3),
+        TypeError,
+        "cece.cross_entropy: target must be a torch.Tensor, got int",
+    ),
+    "float labels": (
+        lambda: CE(x(6, 5), x(6)),
+        RuntimeError,
+        "cece.cross_entropy: expected target dtype to be Long or Byte (or Int)",
+        "got Float",
+    ),
+    "bool labels": (
+        lambda: CE(x(6, 5), torch.zeros(6, dtype=torch.bool)),
+        RuntimeError,
+        "expected target dtype",
+        "got Bool",
+    ),
+    "int16 labels": (lambda: CE(x(6, 5), bad(0, 0).short()), RuntimeError, "expected target dtype", "got Short"),
+    "integer probabilities": (
+        lambda: CE(x(6, 5), torch.zeros(6, 5, dtype=torch.long)),
+        RuntimeError,
+        "Expected floating point type for target with class probabilities",
+        "got Long",
+    ),
+    "batch sizes": (
+        lambda: CE(x(6, 5), bad(0, 0, 7)),
+        ValueError,
+        "cece.cross_entropy: Expected input batch_size (6) to match target batch_size (7)",
+        "input is [6, 5]",
+        "shape [6]",
+        "got [7]",
+    ),
+    "pixels": (
+        lambda: CE(x(2, 5, 4), torch.zeros(2, 3, dtype=torch.long)),
+        RuntimeError,
+        "Expected target size [2, 4] for class indices or [2, 5, 4] for probabilities, got [2, 3]",
+    ),
+    "probabilities of another shape": (
+        lambda: CE(x(6, 5), x(6, 4)),
+        RuntimeError,
+        "Expected target size [6] for class indices or [6, 5] for probabilities, got [6, 4]",
+    ),
+    "weight too short": (
+        lambda: CE(x(6, 5), bad(0, 0), x(4)),
+        RuntimeError,
+        "cece.cross_entropy: weight tensor should be defined either for all 5 classes",
+        "weight tensor of shape [4]",
+    ),
+    "weight 2-d": (
+        lambda: CE(x(6, 5), bad(0, 0), x(1, 5)),
+        RuntimeError,
+        "weight tensor should be defined",
+        "shape [1, 5]",
+    ),
+    "weight of integers": (
+        lambda: CE(x(6, 5), bad(0, 0), torch.ones(5, dtype=torch.long)),
+        RuntimeError,
+        "cece.cross_entropy: weight must be float64",
+        "got Long",
+    ),
+    "smoothing above 1": (
+        lambda: CE(x(6, 5), bad(0, 0), label_smoothing=1.01),
+        RuntimeError,
+        "cece.cross_entropy: label_smoothing must be between 0.0 and 1.0, got 1.01",
+    ),
+    "smoothing below 0": (
+        lambda: CE(x(6, 5), bad(0, 0), label_smoothing=-0.5),
+        RuntimeError,
+        "label_smoothing must be between 0.0 and 1.0, got -0.5",
+    ),
+    "smoothing NaN": (
+        lambda: CE(x(6, 5), bad(0, 0), label_smoothing=float("nan")),
+        RuntimeError,
+        "label_smoothing must be between 0.0 and 1.0, got nan",
+    ),
+    "ignore_index with probabilities": (
+        lambda: CE(x(6, 5), x(6, 5), ignore_index=1),
+        RuntimeError,
+        "cece.cross_entropy: ignore_index is not supported for floating point target",
+        "got 1",
+    ),
+    "target elsewhere": (
+        lambda: CE(x(6, 5), bad(0, 0).to("meta")),
+        RuntimeError,
+        "cece.cross_entropy: target must be on input's device cpu, got meta",
+    ),
+    "weight elsewhere": (
+        lambda: CE(x(6, 5), bad(0, 0), x(5).to("meta")),
+        RuntimeError,
+        "cece.cross_entropy: weight must be on input's device cpu, got meta",
+    ),
+    "BCE: shapes": (
+        lambda: BCE(x(6, 5), x(6)),
+        ValueError,
+        "cece.binary_cross_entropy_with_logits: Target size ([6])",
+        "must be the same as input size ([6, 5])",
+    ),
+    "BCE: same number of elements": (
+        lambda: BCE(x(6, 5), x(5, 6)),
+        ValueError,
+        "Target size ([5, 6]) must be the same as input size ([6, 5])",
+    ),
+    "BCE: input of integers": (
+        lambda: BCE(torch.zeros(6, dtype=torch.long), x(6)),
+        RuntimeError,
+        "cece.binary_cross_entropy_with_logits: input must be float64",
+        "got Long",
+    ),
+    "BCE: complex target": (
+        lambda: BCE(x(6), torch.zeros(6, dtype=torch.cfloat)),
+        RuntimeError,
+        "target must be a float, integer or bool tensor, got ComplexFloat",
+    ),
+    "BCE: weight": (
+        lambda: BCE(x(6, 5), x(6, 5), x(4)),
+        RuntimeError,
+        "cece.binary_cross_entropy_with_logits: weight",
+        "must be broadcastable to input's shape [6, 5], got [4]",
+    ),
+    "BCE: weight larger than input": (
+        lambda: BCE(x(6, 5), x(6, 5), x(2, 6, 5)),
+        RuntimeError,
+        "weight must be broadcastable to input's shape [6, 5], got [2, 6, 5]",
+    ),
+    "BCE: weight of integers": (
+        lambda: BCE(x(6), x(6), torch.ones(6, dtype=torch.long)),
+        RuntimeError,
+        "weight must be float64",
+        "got Long",
+    ),
+    "BCE: pos_weight": (
+        lambda: BCE(x(6, 5), x(6, 5), pos_weight=x(6)),
+        RuntimeError,
+        "cece.binary_cross_entropy_with_logits: pos_weight",
+        "must be broadcastable to input's shape [6, 5], got [6]",
+    ),
+    "BCE: target no tensor": (
+        lambda: BCE(x(6), 1.0),
+        TypeError,
+        "cece.binary_cross_entropy_with_logits: target must be a torch.Tensor, got float",
+    ),
+    "BCE: target elsewhere": (
+        lambda: BCE(x(6), x(6).to("meta")),
+        RuntimeError,
+        "target must be on input's device cpu, got meta",
+    ),
+    "probability above 1": (
+        lambda: PROBS(torch.tensor([0.5, 1.5]), x(2)),
+        RuntimeError,
+        "cece.binary_cross_entropy: all elements of input should be between 0 and 1",
+        "got input[1] = 1.5",
+        "applies no sigmoid",
+    ),
+    "probability below 0": (
+        lambda: PROBS(torch.tensor([[0.5, 0.5], [-0.25, 2.0]]), x(2, 2)),
+        RuntimeError,
+        "got input[1, 0] = -0.25",
+    ),
+    "probability NaN": (
+        lambda: PROBS(torch.tensor([0.5, float("nan")]), x(2)),
+        RuntimeError,
+        "input should be between 0 and 1, got input[1] = nan",
+    ),
+    "target above 1": (
+        lambda: PROBS(x(2), torch.tensor([0.5, 2.0])),
+        RuntimeError,
+        "all elements of target should be between 0 and 1, got target[1] = 2",
+    ),
+    "integer target above 1": (lambda: PROBS(x(2), torch.tensor([1, 2])), RuntimeError, "got target[1] = 2"),
+    "PROBS: shapes": (
+        lambda: PROBS(x(6, 1), x(6)),
+        ValueError,
+        "cece.binary_cross_entropy: Target size ([6]) must be the same as input size ([6, 1])",
+    ),
+    "check_targets": (
+        lambda: cece.check_targets(bad(4, 9), 5),
+        IndexError,
+        "cece.check_targets: Target 9 is out of bounds: target[4] must be in [0, 5)",
+        "got 9; 1 of 6",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case):
+    call, kind, *pieces = ERRORS[case]
+    with pytest.raises(kind, match=".*".join(re.escape(p) for p in pieces)) as e:
+        call()
+    assert type(e.value) is kind  # IndexError and not a relative of it
+
+
+@pytest.mark.parametrize("reduction", ["average", "Mean", "", None, 1, ["mean"]], ids=repr)
+@pytest.mark.parametrize("loss", [CE, BCE, PROBS], ids=lambda f: f.__name__)
+def test_an_unknown_reduction(loss, reduction):
+    target = bad(0, 0) if loss is CE else x(6, 5)
+    message = f"cece.{loss.__name__}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        loss(x(6, 5), target, reduction=reduction)
+
+
+@pytest.mark.parametrize("loss", [CE, BCE, PROBS], ids=lambda f: f.__name__)
+def test_only_weight_is_positional(loss):
+    """torch's deprecated size_average comes fourth: it must not bind to something else."""
+    with pytest.raises(TypeError, match="positional argument"):
+        loss(x(6, 5), bad(0, 0) if loss is CE else x(6, 5), None, True)
+
+
+def test_check_targets_accepts_what_the_losses_do():
+    cece.check_targets(bad(4, -100), 5)
+    cece.check_targets(bad(4, 7), 5, ignore_index=7)
+    cece.check_targets(torch.zeros(0, dtype=torch.long), 5)
+    cece.check_targets(bad(4, 4).byte(), 5)
+
+
+def test_a_bad_label_on_a_gpu_is_a_nan(backend):
+    """No wait, no dead context: that sample's loss and gradient are NaN, no other's. On the CPU: IndexError."""
+    if backend.name == "cpu":
+        with pytest.raises(IndexError):
+            CE(x(6, 5), bad(2, 5))
+        return
+    for classes in (5, 100, 3000):
+        logits = torch.randn(6, classes, device=backend.device).requires_grad_()
+        loss = CE(logits, bad(2, classes).to(backend.device), reduction="none")
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.isnan().tolist() == grad.isnan().all(1).tolist() == [False, False, True, False, False, False]
+        assert grad.isnan().any(1).sum() == 1
+
+
+def test_an_error_leaves_nothing_behind():
+    """The same tensors, corrected, work; no state of a failed call is kept."""
+    logits, labels = x(600, 50).requires_grad_(), bad(300, 77, 600)
+    for _ in range(3):
+        with pytest.raises(IndexError, match="target\\[300\\]"):
+            CE(logits, labels)
+    labels[300] = 7
+    torch.testing.assert_close(CE(logits, labels), F.cross_entropy(logits, labels))
+
+
+def test_the_smallest_bad_position_is_named_whatever_the_threads():
+    before = torch.get_num_threads()
+    logits, labels = x(20_000, 60), torch.zeros(20_000, dtype=torch.long)
+    labels[3000:] = 60
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with pytest.raises(IndexError, match=r"target\[3000\]"):
+                CE(logits, labels)
+            p = torch.full((200_000,), 0.5)
+            p[70_000:] = 2
+            with pytest.raises(RuntimeError, match=r"input\[70000\] = 2"):
+                PROBS(p, p)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- hypothesis
+
+FLOATS = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+SIZES = st.sampled_from([1, 2, 3, 5, 8, 17])
+RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@st.composite
+def strided(draw, shape):
+    """How to lay a tensor of that shape out: a permutation of its dimensions, steps and an offset."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.sampled_from([1, 1, 2])) for _ in shape]
+    offset = draw(st.sampled_from([0, 0, 1, 3]))
+
+    def lay(t):
+        sizes = [shape[d] * steps[d] for d in order]
+        n = 1
+        for s in sizes:
+            n *= s
+        memory = torch.zeros(n + offset, dtype=t.dtype)[offset:].view(sizes)
+        view = memory[tuple(slice(None, None, steps[d]) for d in order)]
+        view = view.permute([list(order).index(d) for d in range(len(shape))]) if shape else view
+        view.copy_(t)
+        return view
+
+    return lay
+
+
+def both_or_neither(ours, theirs, tolerance):
+    """Runs both; the errors must come together, else the results must agree."""
+    results = []
+    for call in (ours, theirs):
+        try:
+            results.append(call())
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as e:
+            results.append(e)
+    a, b = results
+    if isinstance(a, Exception) or isinstance(b, Exception):
+        assert isinstance(a, Exception) and isinstance(b, Exception), f"ours: {a!r}; torch's: {b!r}"
+        assert "cece" in str(a) and "INTERNAL ASSERT" not in str(a), a
+        return
+    for u, v in zip(a, b, strict=True):
+        assert u.shape == v.shape
+        torch.testing.assert_close(u.double(), v.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def run(loss, logits, *args, **options):
+    logits = logits.detach().requires_grad_()
+    value = loss(logits, *args, **options)
+    return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_fuzz_cross_entropy(data):
+    draw = data.draw
+    shape = draw(st.lists(SIZES, min_size=1, max_size=4), "input's shape")
+    if draw(st.integers(0, 15)) == 0:
+        shape[draw(st.integers(0, len(shape) - 1))] = draw(st.sampled_from([0, 1100, 66000 if len(shape) == 1 else 70]))
+    dtype, soft = draw(FLOATS), draw(st.booleans())
+    dim = min(len(shape) - 1, 1)
+    classes, rows = shape[dim], shape[:dim] + shape[dim + 1 :]
+    if classes == 0 or len(shape) != 1 and 0 in shape[1:] and shape[0] == 0:
+        return
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    logits = draw(strided(shape))((torch.randn(shape, generator=generator) * 3).to(dtype))
+    if soft:
+        target = torch.rand(shape, generator=generator).to(draw(FLOATS))
+    else:
+        low, high = draw(st.sampled_from([(0, 0), (0, 0), (0, 0), (-1, 0), (0, 1)]), "labels out of range")
+        target = torch.randint(low, classes + high, rows, generator=generator)
+        kind = draw(st.sampled_from([torch.int64] * 4 + [torch.int32, torch.uint8, torch.float32, torch.int16]))
+        target = target.to(kind) if kind != torch.uint8 else target.clamp(0, 255).to(kind)
+    if draw(st.integers(0, 9)) == 0:
+        target = target[..., :-1] if target.dim() else target[None]
+    elif target.dim():
+        target = draw(strided(list(target.shape)))(target)
+    weight = torch.rand(draw(st.sampled_from([classes] * 6 + [classes + 1])), generator=generator)
+    weight = draw(st.sampled_from([None, weight, weight.double()]))
+    options = {
+        "ignore_index": draw(st.sampled_from([-100, -100, -1, 0, 3])),
+        "reduction": draw(st.sampled_from(["none", "mean", "sum", "other"] if draw(st.booleans()) else ["mean"])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0, 1.5])),  # below 0 torch raises nothing
+    }
+    wide = target.double() if target.is_floating_point() and target.shape == logits.shape else target
+    wide = wide.long() if wide.dtype == torch.int32 else wide  # torch takes no int32
+    both_or_neither(
+        lambda: run(CE, logits, target, weight, **options),
+        lambda: run(F.cross_entropy, logits.double(), wide, None if weight is None else weight.double(), **options),
+        RELATIVE[dtype],
+    )
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_fuzz_binary_cross_entropy(data):
+    draw = data.draw
+    shape = draw(st.lists(SIZES, min_size=0, max_size=4), "input's shape")
+    if shape and draw(st.integers(0, 15)) == 0:
+        shape[draw(st.integers(0, len(shape) - 1))] = draw(st.sampled_from([0, 1100, 33000 if len(shape) == 1 else 70]))
+    dtype, logits = draw(FLOATS), draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    values = torch.rand(shape, generator=generator)
+    if logits or draw(st.integers(0, 9)) == 0:
+        values = (values - 0.4) * 20
+    if dtype == torch.float16 and not logits:
+        values = values.clamp(-1, 0.99) if values.max() <= 1 else values  # 1 - x is compared in float64
+    inputs = draw(strided(shape))(values.to(dtype))
+    target = torch.rand(shape, generator=generator)
+    kind = draw(st.sampled_from([torch.float32, dtype, torch.float64, torch.bool, torch.uint8, torch.int64]))
+    target = draw(strided(shape))((target if kind.is_floating_point else target.round()).to(kind))
+    if draw(st.integers(0, 9)) == 0:
+        target = target[..., :-1] if target.dim() else target[None]
+
+    def factor():
+        sizes = [draw(st.sampled_from([s, s, s, 1])) for s in shape[draw(st.integers(0, len(shape))) if shape else 0 :]]
+        if sizes and draw(st.integers(0, 9)) == 0:
+            sizes[-1] += 1
+        return draw(st.sampled_from([None, torch.rand(sizes, generator=generator) + 0.1]))
+
+    options = {
+        "reduction": draw(st.sampled_from(["none", "mean", "sum", "other"] if draw(st.booleans()) else ["mean"]))
+    }
+    weight, name = factor(), "binary_cross_entropy_with_logits" if logits else "binary_cross_entropy"
+    wide = dict(options)
+    if logits:
+        options["pos_weight"] = factor()
+        wide["pos_weight"] = None if options["pos_weight"] is None else options["pos_weight"].double()
+    both_or_neither(
+        lambda: run(getattr(cece, name), inputs, target, weight, **options),
+        lambda: run(
+            getattr(F, name), inputs.double(), target.double(), None if weight is None else weight.double(), **wide
+        ),
+        RELATIVE[dtype],
+    )

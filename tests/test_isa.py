@@ -1,0 +1,86 @@
+"""Every instruction set that was built, forced on in a process of its own; and nothing of one leaks into another."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cece
+
+ROOT = Path(__file__).resolve().parents[1]
+ISAS = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
+HERE = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
+
+GRID = """if True:
+    import itertools, torch, cece, torch.nn.functional as F
+    print(cece.build_info()["cpu_isa"])
+    torch.manual_seed(0)
+    for shape, dtype, soft, s in itertools.product(
+        [(37, 5), (19, 49), (3, 1030), (2, 70001), (2, 300, 9)], [torch.float64, torch.float32, torch.bfloat16],
+        [False, True], [0.0, 0.1],
+    ):
+        x = (torch.randn(shape) * 3).to(dtype).requires_grad_()
+        t = torch.rand(shape).softmax(1) if soft else torch.randint(shape[1], shape[:1] + shape[2:])
+        wide = x.detach().double().requires_grad_()
+        ours = cece.cross_entropy(x, t, label_smoothing=s)
+        truth = F.cross_entropy(wide, t.double() if soft else t, label_smoothing=s)
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=0)
+        slope = torch.autograd.grad(truth, wide)[0].to(dtype)
+        rtol = 1e-2 if dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(torch.autograd.grad(ours, x)[0], slope, rtol=rtol, atol=1e-8)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, y = (torch.randn(33, 31) * 3).to(dtype).requires_grad_(), torch.rand(33, 31) > 0.5
+        wide = x.detach().double().requires_grad_()
+        ours = cece.binary_cross_entropy_with_logits(x, y, pos_weight=torch.ones(31) * 2)
+        truth = F.binary_cross_entropy_with_logits(wide, y.double(), pos_weight=torch.ones(31).double() * 2)
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=0)
+        slope = torch.autograd.grad(truth, wide)[0].to(dtype)
+        rtol = 1e-2 if dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(torch.autograd.grad(ours, x)[0], slope, rtol=rtol, atol=1e-8)
+    x = -torch.rand(100_000) * 104
+    exp = torch.ops.cece.cross_entropy_backward(
+        torch.ones(()), torch.cat([torch.zeros(1), x])[None], torch.tensor([0]), None,
+        torch.tensor([[0.0], [0.0], [1.0]]), torch.ones(()), 2, -100, 0.0,
+    )[0, 1:]
+    unit = torch.maximum(x.double().exp(), torch.tensor(2.0**-126)).log2().floor().exp2() * 2.0**-23
+    assert ((exp.double() - x.double().exp()).abs() <= 2 * unit).all()
+    print("agrees")
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_forced(isa):
+    """build_info() says it, the losses agree with float64, exp stays within 2 ULP."""
+    if not HERE[isa]:
+        pytest.skip(f"this CPU has no {isa}")
+    if ISAS[isa] not in {name.upper() for name in cece.build_info()["cpu_isas"]}:
+        pytest.skip(f"{isa} was not built on this architecture")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": isa}
+    done = subprocess.run([sys.executable, "-c", GRID], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.upper() for line in done.stdout.split()] == [ISAS[isa], "AGREES"]
+
+
+def test_unforced_is_what_torch_uses():
+    assert cece.build_info()["cpu_isa"].upper() == torch.backends.cpu.get_cpu_capability().upper()
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_no_weak_symbols(isa):
+    """A weak (inline, template) function compiled for AVX2 could be the one the linker keeps for everybody: SIGILL on
+    older machines, other bits on newer ones. The table of kernels is all that an object shows."""
+    libraries = sorted(ROOT.glob(f"build/temp*/**/libcece_{isa}.a"))
+    if not libraries or not shutil.which("nm"):
+        pytest.skip(f"no {isa} library under build/, or no nm: built elsewhere")
+    for library in libraries:
+        symbols = subprocess.run(["nm", "-C", library], capture_output=True, text=True, check=True).stdout
+        defined = re.findall(r"^[0-9a-f]* +([A-Za-z]) (.*)$", symbols, re.M)
+        weak = [name for kind, name in defined if kind in "WwVvu"]
+        assert not [n for n in weak if not n.startswith("DW.ref.")], weak[:10]
+        shown = [name for kind, name in defined if kind in "TDBR"]
+        assert shown == [f"cece::cpu::k{isa.capitalize()}"], shown
