@@ -68,17 +68,8 @@ def cross_entropy(
         _check_tensors("cross_entropy", input=input, target=target)
     if inplace_backward and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inplace_backward = False
-    return CROSS_ENTROPY(
-        input,
-        target,
-        weight,
-        _REDUCTIONS.get(reduction)
-        if reduction.__class__ is str and reduction in _REDUCTIONS
-        else _reduction("cross_entropy", reduction),
-        ignore_index,
-        label_smoothing,
-        inplace_backward,
-    )[0]
+    number = _reduction("cross_entropy", reduction)
+    return CROSS_ENTROPY(input, target, weight, number, ignore_index, label_smoothing, inplace_backward)[0]
 
 
 def binary_cross_entropy_with_logits(input, target, weight=None, *, reduction="mean", pos_weight=None):

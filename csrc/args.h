@@ -57,10 +57,10 @@ struct BinaryCrossEntropyArgs {
   bool with_logits;
   Reduction reduction;
 
-  Operand loss;      // shape, Acc; absent unless reduction is none
-  void* partial;     // (chunks) double or null: sums in a fixed order
-  int64_t* bad;      // CPU: the first element that is no probability, or shape.count
-  void* reduced;     // () Acc
+  Operand loss;   // shape, Acc; absent unless reduction is none
+  void* partial;  // (chunks) double or null: sums in a fixed order
+  int64_t* bad;   // CPU: the first element that is no probability, or shape.count
+  void* reduced;  // () Acc
 
   Operand grad_loss;   // Acc, broadcast when reduced
   Operand grad_input;  // shape

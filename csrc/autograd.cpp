@@ -86,11 +86,9 @@ void record(const Tensor& result, const char* name, typename LossNode<Options>::
 // Forward mode: a tensor may carry a tangent.
 Tensor tangent(const Tensor& t) { return t.defined() ? t._fw_grad(/*level=*/0) : Tensor(); }
 Tensor primal(const Tensor& t) { return tangent(t).defined() ? t._fw_primal(0) : t; }
-bool has_tangent(std::initializer_list<Tensor> tensors) {
-  for (const Tensor& t : tensors) {
-    if (tangent(t).defined()) return true;
-  }
-  return false;
+template <class... Ts>
+bool has_tangent(const Ts&... tensors) {
+  return (tangent(tensors).defined() || ...);
 }
 void set_tangent(const Tensor& result, const Tensor& t) {
   if (t.defined()) result._set_fw_grad(t.to(result.scalar_type()), /*level=*/0, /*is_inplace_op=*/false);
@@ -120,22 +118,20 @@ ForwardOutputs call_forward(const Tensor& x, const Tensor& t, const MaybeTensor&
 }
 Tensor call_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const MaybeTensor& w, const Tensor& stats,
                      const Tensor& total, const Options& o) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("cece::cross_entropy_backward", "")
-          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-                        int64_t, int64_t, double)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cece::cross_entropy_backward", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
+                                           const Tensor&, const Tensor&, int64_t, int64_t, double)>();
   return op.call(grad, x, t, w, stats, total, o.reduction, o.ignore_index, o.label_smoothing);
 }
 // The gradient in the logits' own memory. Autograd learns of it through the version counter: whoever else saved
 // the logits, a second backward included, gets torch's error instead of wrong numbers.
 Tensor overwrite_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const MaybeTensor& w,
                           const Tensor& stats, const Tensor& total, const Options& o) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("cece::cross_entropy_backward_", "")
-          .typed<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&,
-                      int64_t, int64_t, double)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cece::cross_entropy_backward_", "")
+                             .typed<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
+                                         const Tensor&, int64_t, int64_t, double)>();
   at::AutoDispatchBelowADInplaceOrView below;
   op.call(grad, x, t, w, stats, total, o.reduction, o.ignore_index, o.label_smoothing);
   torch::autograd::impl::bump_version(x);
@@ -152,8 +148,15 @@ struct CrossEntropyFormulas {
 
   CrossEntropyFormulas(const Tensor& x, const Tensor& t, const Tensor& w, const Tensor& stats, const Tensor& total,
                        const Options& o)
-      : x(x), t(t), w(w), stats(stats), total(total), o(o), dim(x.dim() == 1 ? 0 : 1),
-        soft(t.dim() == x.dim()), acc(acc_of(x, soft ? t : x)) {}
+      : x(x),
+        t(t),
+        w(w),
+        stats(stats),
+        total(total),
+        o(o),
+        dim(x.dim() == 1 ? 0 : 1),
+        soft(t.dim() == x.dim()),
+        acc(acc_of(x, soft ? t : x)) {}
 
   double keep() const { return 1 - o.label_smoothing; }
   Tensor by_class(const Tensor& v) const {  // (C) against (N, C, d...)
@@ -182,8 +185,9 @@ struct CrossEntropyFormulas {
   Tensor target_slope() const { return weighted(-keep() * at::log_softmax(x, dim, acc)); }
   Tensor weight_slope() const { return -smoothed() * at::log_softmax(x, dim, acc); }
   void check_weight_slope() const {
-    TORCH_CHECK_NOT_IMPLEMENTED(soft, "cece.cross_entropy: the derivative for 'weight' is not implemented for class "
-                                      "indices (nor in torch), only for probability targets");
+    TORCH_CHECK_NOT_IMPLEMENTED(soft,
+                                "cece.cross_entropy: the derivative for 'weight' is not implemented for class "
+                                "indices (nor in torch), only for probability targets");
   }
 
   // Of the gradient G_j = s (p_j m - q_j), with s the scale and m the mass: its change along a change of its inputs.
@@ -197,9 +201,10 @@ struct CrossEntropyFormulas {
 
 void check_inplace(const Tensor& x) {
   if (!x.requires_grad()) return;
-  TORCH_CHECK(!x.is_leaf(),
-              "cece.cross_entropy: inplace_backward=True overwrites input with its gradient, so input must not be a leaf "
-              "that requires grad (got one): its values would be lost. Pass the output of a layer, or leave it False.");
+  TORCH_CHECK(
+      !x.is_leaf(),
+      "cece.cross_entropy: inplace_backward=True overwrites input with its gradient, so input must not be a leaf "
+      "that requires grad (got one): its values would be lost. Pass the output of a layer, or leave it False.");
   for (int64_t d = 0; d < x.dim(); d++) {
     TORCH_CHECK(x.size(d) < 2 || x.stride(d) != 0,
                 "cece.cross_entropy: inplace_backward=True needs an input whose elements have memory of their own, got "
@@ -237,7 +242,7 @@ ForwardOutputs cross_entropy_forward(const Tensor& x, const Tensor& t, const May
   }
   const auto& [loss, stats, total] = out;
   record(loss, "CrossEntropyBackward", derive_forward, o, {x, t, get(w), stats, total}, 3);
-  if (has_tangent({x, t, get(w)})) {
+  if (has_tangent(x, t, get(w))) {
     const CrossEntropyFormulas f(primal(x), primal(t), primal(get(w)), stats, total, o);
     const Tensor dx = tangent(x), dt = tangent(t), dw = tangent(get(w));
     Tensor d;
@@ -277,7 +282,7 @@ Tensor cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& t,
     grad = call_backward(g, x, t, w, stats, total, o);
   }
   record(grad, "CrossEntropyBackwardBackward", derive_backward, o, {g, x, t, get(w), stats, total}, 4);
-  if (has_tangent({g, x, t, get(w)})) {
+  if (has_tangent(g, x, t, get(w))) {
     const Tensor px = primal(x), pt = primal(t), pw = primal(get(w));
     const Tensor dg = tangent(g), dx = tangent(x), dt = tangent(t), dw = tangent(get(w));
     const CrossEntropyFormulas f(px, pt, pw, stats, total, o);
@@ -307,11 +312,10 @@ Tensor call_bce_forward(const Tensor& x, const Tensor& y, const MaybeTensor& w, 
 }
 Tensor call_bce_backward(const Tensor& g, const Tensor& x, const Tensor& y, const MaybeTensor& w, const MaybeTensor& p,
                          bool with_logits, int64_t reduction) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("cece::binary_cross_entropy_backward", "")
-          .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, bool,
-                        int64_t)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cece::binary_cross_entropy_backward", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
+                                           const MaybeTensor&, bool, int64_t)>();
   return op.call(g, x, y, w, p, with_logits, reduction);
 }
 
@@ -339,8 +343,8 @@ struct BinaryFormulas {
   Tensor scale(const Tensor& g) const { return reduction == kMean ? g / x.numel() : g; }
   Tensor reduce(const Tensor& a) const { return reduction == kNone ? a : a.sum(); }
 
-  Tensor up() const { return -at::log_sigmoid(-x); }    // softplus(x)
-  Tensor down() const { return -at::log_sigmoid(x); }   // softplus(-x)
+  Tensor up() const { return -at::log_sigmoid(-x); }   // softplus(x)
+  Tensor down() const { return -at::log_sigmoid(x); }  // softplus(-x)
   static Tensor capped(const Tensor& log) { return -log.clamp_min(-100); }
   Tensor variance() const { return ((1 - x) * x).clamp_min(1e-12); }
 
@@ -396,7 +400,7 @@ Tensor binary_cross_entropy_forward(const Tensor& x, const Tensor& y, const Mayb
   }
   record<BinaryOptions>(loss, "BinaryCrossEntropyBackward", derive_binary_forward, {with_logits, reduction},
                         {x, y, get(w), get(p)}, 4);
-  if (has_tangent({x, y, get(w), get(p)})) {
+  if (has_tangent(x, y, get(w), get(p))) {
     const BinaryFormulas f(primal(x), primal(y), primal(get(w)), primal(get(p)), with_logits, reduction);
     const Tensor dx = tangent(x), dy = tangent(y), dw = tangent(get(w)), dp = tangent(get(p));
     Tensor d;
@@ -431,7 +435,7 @@ Tensor binary_cross_entropy_backward(const Tensor& g, const Tensor& x, const Ten
   }
   record<BinaryOptions>(grad, "BinaryCrossEntropyBackwardBackward", derive_binary_backward, {with_logits, reduction},
                         {g, x, y, get(w), get(p)}, 5);
-  if (has_tangent({g, x, y, get(w), get(p)})) {
+  if (has_tangent(g, x, y, get(w), get(p))) {
     const Tensor px = primal(x), py = primal(y), pw = primal(get(w)), pp = primal(get(p));
     const Tensor dg = tangent(g), dx = tangent(x), dy = tangent(y), dw = tangent(get(w)), dp = tangent(get(p));
     const BinaryFormulas f(px, py, pw, pp, with_logits, reduction);

@@ -21,17 +21,27 @@ inline bool present(const MaybeTensor& t) { return t.has_value() && t->defined()
 
 inline std::optional<Dtype> dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kDouble: return Dtype::f64;
-    case at::kFloat: return Dtype::f32;
-    case at::kHalf: return Dtype::f16;
-    case at::kBFloat16: return Dtype::bf16;
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kHalf:
+      return Dtype::f16;
+    case at::kBFloat16:
+      return Dtype::bf16;
     case at::kBool:
-    case at::kByte: return Dtype::u8;
-    case at::kChar: return Dtype::i8;
-    case at::kShort: return Dtype::i16;
-    case at::kInt: return Dtype::i32;
-    case at::kLong: return Dtype::i64;
-    default: return std::nullopt;
+    case at::kByte:
+      return Dtype::u8;
+    case at::kChar:
+      return Dtype::i8;
+    case at::kShort:
+      return Dtype::i16;
+    case at::kInt:
+      return Dtype::i32;
+    case at::kLong:
+      return Dtype::i64;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -40,8 +50,8 @@ inline void check_float(const char* op, const char* name, const Tensor& t) {
               " must be float64, float32, float16 or bfloat16, got ", t.scalar_type());
 }
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
-  TORCH_CHECK(t.device() == input.device(), "cece.", op, ": ", name, " must be on input's device ",
-              input.device(), ", got ", t.device());
+  TORCH_CHECK(t.device() == input.device(), "cece.", op, ": ", name, " must be on input's device ", input.device(),
+              ", got ", t.device());
 }
 
 // The type sums are formed in and losses returned in: at least float32.
@@ -93,6 +103,11 @@ inline std::string position(at::IntArrayRef sizes, int64_t linear) {  // "[1, 2]
   return "[" + s + "]";
 }
 
+// t as contiguous `type`, itself where it already is: the dispatcher would take a microsecond to find that out.
+inline Tensor contiguous_as(const Tensor& t, at::ScalarType type) {
+  return t.scalar_type() == type && t.is_contiguous() ? t : t.to(type).contiguous();
+}
+
 // ---- cross-entropy
 
 struct CrossEntropyCall {
@@ -102,9 +117,9 @@ struct CrossEntropyCall {
   std::vector<int64_t> row_sizes;
 };
 
-inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& target,
-                                            const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
-                                            double label_smoothing, const Tensor* grad_logits = nullptr) {
+inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+                                            int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                            const Tensor* grad_logits = nullptr) {
   constexpr const char* op = "cross_entropy";
   check_float(op, "input", logits);
   TORCH_CHECK(logits.dim() >= 1, "cece.cross_entropy: input must have shape (C), (N, C) or (N, C, d1, ...), got ",
@@ -140,11 +155,10 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
     }
     TORCH_CHECK_VALUE(logits.dim() == 1 ? target.dim() == 0 : target.dim() > 0 && target.size(0) == logits.size(0),
                       "cece.cross_entropy: Expected input batch_size (",
-                      logits.dim() == 1 ? "none" : std::to_string(logits.size(0)),
-                      ") to match target batch_size (", target.dim() ? std::to_string(target.size(0)) : "none",
-                      "): input is ", logits.sizes(), ", so class indices must have shape ",
-                      at::IntArrayRef(row_sizes), " and probabilities shape ", logits.sizes(), "; got ",
-                      target.sizes());
+                      logits.dim() == 1 ? "none" : std::to_string(logits.size(0)), ") to match target batch_size (",
+                      target.dim() ? std::to_string(target.size(0)) : "none", "): input is ", logits.sizes(),
+                      ", so class indices must have shape ", at::IntArrayRef(row_sizes), " and probabilities shape ",
+                      logits.sizes(), "; got ", target.sizes());
     TORCH_CHECK(shape_fits, "cece.cross_entropy: Expected target size ", at::IntArrayRef(row_sizes),
                 " for class indices or ", logits.sizes(), " for probabilities, got ", target.sizes());
   }
@@ -163,11 +177,11 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
     TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes,
                 "cece.cross_entropy: weight tensor should be defined either for all ", classes,
                 " classes or no classes, but got weight tensor of shape ", weight->sizes());
-    call.weight = weight->to(call.acc).contiguous();
+    call.weight = contiguous_as(*weight, call.acc);
     a.weight = call.weight.const_data_ptr();
   }
   call.logits = logits;
-  call.target = soft ? target : target.contiguous();
+  call.target = soft ? target : contiguous_as(target, target.scalar_type());
   const auto merge = [&] {
     c10::SmallVector<Strided, 3> all{{&call.logits, &a.logits}};
     if (soft) all.push_back({&call.target, &a.probabilities});
@@ -226,10 +240,11 @@ inline std::array<Tensor, 3> check_saved(CrossEntropyCall& call, const Tensor& g
   TORCH_CHECK(stats.numel() == 3 * a.rows.count && total_weight.numel() == 1,
               "cece.cross_entropy_backward: stats and total_weight must be the forward's, got shapes ", stats.sizes(),
               " and ", total_weight.sizes());
-  for (const Tensor* t : {&grad, &stats, &total_weight}) check_device("cross_entropy_backward", "grad", *t, call.logits);
+  for (const Tensor* t : {&grad, &stats, &total_weight})
+    check_device("cross_entropy_backward", "grad", *t, call.logits);
   std::array<Tensor, 3> held;
   int i = 0;
-  for (const Tensor* t : {&grad, &stats, &total_weight}) held[i++] = t->to(call.acc).contiguous();
+  for (const Tensor* t : {&grad, &stats, &total_weight}) held[i++] = contiguous_as(*t, call.acc);
   a.grad_loss = held[0].const_data_ptr();
   a.grad_stride = none ? 1 : 0;
   a.stats = data_of(held[1]);
@@ -287,7 +302,7 @@ inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, co
     TORCH_CHECK(none ? grad_loss->sizes() == input.sizes() : grad_loss->dim() == 0, "cece.", op,
                 "_backward: grad must have the shape of the loss, got ", grad_loss->sizes());
     check_device(op, "grad", *grad_loss, input);
-    call.held[4] = grad_loss->to(call.acc);
+    call.held[4] = grad_loss->scalar_type() == call.acc ? *grad_loss : grad_loss->to(call.acc);
     if (!none) a.grad_loss.data = data_of(call.held[4]);
   }
   if (grad_input) call.held[5] = *grad_input;

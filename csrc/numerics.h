@@ -179,8 +179,7 @@ struct TargetGaps {
 // The loss of a row from its parts: `kept` is the label's own mass (0 for probability targets).
 template <class T>
 CECE_HD T row_loss(T kept, T label_logit, TargetGaps<T> rest, T max, T log_sum) {
-  return times(kept, negative_log_probability(label_logit, max, log_sum)) + rest.gaps +
-         times(rest.mass, log_sum);
+  return times(kept, negative_log_probability(label_logit, max, log_sum)) + rest.gaps + times(rest.mass, log_sum);
 }
 
 // dloss/dx_j = p_j mass - q_j, for a class that is not the label or any class of a probability target.

@@ -96,8 +96,7 @@ struct BinaryCrossEntropyOf {
         int turn = 0;
         each_vector<A>(std::min(kSum, n - from), [&](int64_t k, int64_t count) {
           const int64_t i = from + k;
-          V loss = Loss::loss(load_vector(in.x + i, count), load_vector(in.y + i, count),
-                              optional(in.p, i, count));
+          V loss = Loss::loss(load_vector(in.x + i, count), load_vector(in.y + i, count), optional(in.p, i, count));
           if (in.w) loss = loss * load_vector(in.w + i, count);
           if (out) {
             store_vector(out + i, loss, count);
@@ -125,8 +124,7 @@ struct BinaryCrossEntropyOf {
       const bool direct = one_run(a.shape, begin, n);
       A* out = direct ? room(a.grad_input, offset_of(a.shape, a.grad_input, begin), out_stride, b.out) : b.out;
       each_vector<A>(n, [&](int64_t i, int64_t count) {
-        V slope = Loss::slope(load_vector(in.x + i, count), load_vector(in.y + i, count),
-                              optional(in.p, i, count));
+        V slope = Loss::slope(load_vector(in.x + i, count), load_vector(in.y + i, count), optional(in.p, i, count));
         if (in.w) slope = slope * load_vector(in.w + i, count);
         store_vector(out + i, slope * (g ? load_vector(g + i, count) : common), count);
       });

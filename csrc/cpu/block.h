@@ -22,15 +22,24 @@ struct Type {
 template <class F>
 inline void visit(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f64: return f(Type<double>{});
-    case Dtype::f32: return f(Type<float>{});
-    case Dtype::f16: return f(Type<Half>{});
-    case Dtype::bf16: return f(Type<BFloat16>{});
-    case Dtype::u8: return f(Type<uint8_t>{});
-    case Dtype::i8: return f(Type<int8_t>{});
-    case Dtype::i16: return f(Type<int16_t>{});
-    case Dtype::i32: return f(Type<int32_t>{});
-    case Dtype::i64: return f(Type<int64_t>{});
+    case Dtype::f64:
+      return f(Type<double>{});
+    case Dtype::f32:
+      return f(Type<float>{});
+    case Dtype::f16:
+      return f(Type<Half>{});
+    case Dtype::bf16:
+      return f(Type<BFloat16>{});
+    case Dtype::u8:
+      return f(Type<uint8_t>{});
+    case Dtype::i8:
+      return f(Type<int8_t>{});
+    case Dtype::i16:
+      return f(Type<int16_t>{});
+    case Dtype::i32:
+      return f(Type<int32_t>{});
+    case Dtype::i64:
+      return f(Type<int64_t>{});
   }
 }
 
@@ -111,9 +120,8 @@ inline void store(const Operand& t, int64_t offset, int64_t stride, int64_t n, c
 template <class A>
 inline A load_one(const Operand& t, int64_t offset) {
   A value{};
-  visit(t.dtype, [&](auto type) {
-    value = static_cast<A>(static_cast<const typename decltype(type)::type*>(t.data)[offset]);
-  });
+  visit(t.dtype,
+        [&](auto type) { value = static_cast<A>(static_cast<const typename decltype(type)::type*>(t.data)[offset]); });
   return value;
 }
 template <class A>
@@ -168,8 +176,7 @@ inline A sum_lanes(Vec<A> x) {
 // The lowest index that any thread reports.
 inline void report(int64_t* first, int64_t index) {
   int64_t seen = __atomic_load_n(first, __ATOMIC_RELAXED);
-  while (index < seen &&
-         !__atomic_compare_exchange_n(first, &seen, index, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (index < seen && !__atomic_compare_exchange_n(first, &seen, index, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 

@@ -35,15 +35,18 @@ struct CrossEntropy {
     if (a.probabilities.data) return kIgnored;
     int64_t y = 0;
     switch (a.label_dtype) {
-      case Dtype::u8: y = static_cast<const uint8_t*>(a.labels)[row]; break;
-      case Dtype::i32: y = static_cast<const int32_t*>(a.labels)[row]; break;
-      default: y = static_cast<const int64_t*>(a.labels)[row];
+      case Dtype::u8:
+        y = static_cast<const uint8_t*>(a.labels)[row];
+        break;
+      case Dtype::i32:
+        y = static_cast<const int32_t*>(a.labels)[row];
+        break;
+      default:
+        y = static_cast<const int64_t*>(a.labels)[row];
     }
     return y == a.ignore_index ? kIgnored : y >= 0 && y < a.classes ? y : kImpossible;
   }
-  static A class_weight(const Args& a, int64_t c) {
-    return a.weight ? static_cast<const A*>(a.weight)[c] : A(1);
-  }
+  static A class_weight(const Args& a, int64_t c) { return a.weight ? static_cast<const A*>(a.weight)[c] : A(1); }
   static A keep(const Args& a) { return A(1 - a.label_smoothing); }
   static A spread(const Args& a) { return A(a.label_smoothing / double(a.classes)); }
 
@@ -230,11 +233,13 @@ struct CrossEntropy {
   struct RowGrad {
     A max, log_sum, mass, g;  // g: the incoming gradient of this row's loss
   };
+  static A incoming(const Args& a, int64_t row) {
+    const A g = static_cast<const A*>(a.grad_loss)[row * a.grad_stride];
+    return a.reduction == Reduction::mean ? g / *static_cast<const A*>(a.total_weight) : g;
+  }
   static RowGrad row_grad(const Args& a, int64_t row) {
     const A* stats = static_cast<const A*>(a.stats) + row;
-    A g = static_cast<const A*>(a.grad_loss)[row * a.grad_stride];
-    if (a.reduction == Reduction::mean) g /= *static_cast<const A*>(a.total_weight);
-    return {stats[0], stats[a.rows.count], stats[2 * a.rows.count], g};
+    return {stats[0], stats[a.rows.count], stats[2 * a.rows.count], incoming(a, row)};
   }
 
   template <Target K>
@@ -337,7 +342,8 @@ struct CrossEntropy {
     Block b;
     locate(a, task, b);
     alignas(64) A buffer[kMaxPixels], t_buffer[kMaxPixels], x_y[kMaxPixels], w_y[kMaxPixels];
-    alignas(64) A max[kMaxPixels], rest[kMaxPixels], gaps[kMaxPixels], mass[kMaxPixels], max_all[kMaxPixels], rest_all[kMaxPixels];
+    alignas(64) A max[kMaxPixels], rest[kMaxPixels], gaps[kMaxPixels], mass[kMaxPixels], max_all[kMaxPixels],
+        rest_all[kMaxPixels];
     const auto reset = [&](A* max, A* rest) {
       std::fill_n(max, b.lanes, lowest<A>());
       std::fill_n(rest, b.lanes, A(-1));
@@ -405,12 +411,12 @@ struct CrossEntropy {
     Block b;
     locate(a, task, b);
     alignas(64) A buffer[kMaxPixels], t_buffer[kMaxPixels], out_buffer[kMaxPixels];
-    alignas(64) A max[kMaxPixels], log_sum[kMaxPixels], mass[kMaxPixels], g[kMaxPixels], y[kMaxPixels];
-    for (int64_t i = 0; i < b.lanes; i++) {
-      const RowGrad r = i < b.n ? row_grad(a, b.first + i) : RowGrad{0, 0, 0, 0};
-      max[i] = r.max, log_sum[i] = r.log_sum, mass[i] = r.mass, g[i] = r.g;
-      y[i] = i < b.n ? A(b.y[i]) : A(kIgnored);
-    }
+    alignas(64) A g[kMaxPixels], y[kMaxPixels];
+    const A* const max = static_cast<const A*>(a.stats) + b.first;
+    const A *const log_sum = max + a.rows.count, *const mass = log_sum + a.rows.count;
+    std::fill_n(g, b.lanes, incoming(a, b.first));
+    for (int64_t i = 0; i < b.n && a.grad_stride; i++) g[i] = incoming(a, b.first + i);
+    for (int64_t i = 0; i < b.lanes; i++) y[i] = i < b.n ? A(b.y[i]) : A(kIgnored);
     const V keep_v(keep(a)), spread_v(spread(a));
     const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
@@ -426,7 +432,8 @@ struct CrossEntropy {
       each_vector<A>(b.n, [&](int64_t i, int64_t count) {
         __builtin_prefetch(next + i * step);
         const V x_i = load_vector(x + i, count), y_i = V::loadu(y + i);
-        const V max_i = V::loadu(max + i), log_sum_i = V::loadu(log_sum + i), mass_i = V::loadu(mass + i);
+        const V max_i = load_vector(max + i, count), log_sum_i = load_vector(log_sum + i, count);
+        const V mass_i = load_vector(mass + i, count);
         V q(A(0));
         if constexpr (K == Target::smooth) q = spread_v * w;
         if constexpr (K == Target::soft) q = smoothed(load_vector(t + i, count), keep_v, spread_v) * w;
@@ -463,15 +470,18 @@ struct CrossEntropy {
 
   static void reduce(const Args& a, double* sums, int64_t begin, int64_t end) {
     constexpr int64_t kSums = 8;  // side by side: an addition would wait for the one before it
-    const A* losses = static_cast<const A*>(a.loss);
+    const A *losses = static_cast<const A*>(a.loss), *mass = static_cast<const A*>(a.stats) + 2 * a.rows.count;
     const bool weighs = weighs_labels(a);
     for (int64_t task = begin; task < end; task++) {
       double loss[kSums] = {}, weight[kSums] = {};
       const int64_t last = std::min((task + 1) * kChunk, a.rows.count);
       for (int64_t row = task * kChunk; row < last; row++) loss[row % kSums] += losses[row];
       for (int64_t row = task * kChunk; weighs && row < last; row++) {
-        const int64_t y = label(a, row);
-        weight[row % kSums] += y >= 0 ? class_weight(a, y) : A(0);
+        if (a.label_smoothing == 0) {  // the row's mass is its label's weight
+          weight[row % kSums] += mass[row];
+        } else if (const int64_t y = label(a, row); y >= 0) {
+          weight[row % kSums] += class_weight(a, y);
+        }
       }
       sums[2 * task] = sums[2 * task + 1] = 0;
       for (int64_t k = 0; k < kSums; k++) sums[2 * task] += loss[k], sums[2 * task + 1] += weight[k];
@@ -486,8 +496,8 @@ struct CrossEntropy {
     *static_cast<A*>(a.reduced) = A(a.reduction == Reduction::mean ? loss / weight : loss);
   }
 
-  static constexpr CrossEntropyKernels<A> kernels = {forward_rows,   finish_rows,     backward_rows,
-                                                     forward_pixels, backward_pixels, reduce, total};
+  static constexpr CrossEntropyKernels<A> kernels = {forward_rows,    finish_rows, backward_rows, forward_pixels,
+                                                     backward_pixels, reduce,      total};
 };
 
 }  // namespace

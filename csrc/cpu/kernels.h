@@ -20,8 +20,9 @@ inline bool side_by_side(const CrossEntropyArgs& a) {
   return a.classes <= 48 || (a.logits.class_stride != 1 && pixel_stride == 1);
 }
 
-// Rows that a task handles side by side, one a lane. Long runs where rows are contiguous: a class's run is a page of its
-// own, and shorter ones leave the prefetcher cold. Few where they are gathered, so that all their classes stay in L1.
+// Rows that a task handles side by side, one a lane. Long runs where rows are contiguous: a class's run is a page of
+// its own, and shorter ones leave the prefetcher cold. Few where they are gathered, so that all their classes stay in
+// L1.
 constexpr int64_t kMaxPixels = 1024;
 inline int64_t pixels_per_task(const CrossEntropyArgs& a) {
   const bool contiguous = a.rows.dims && a.logits.stride[a.rows.dims - 1] == 1;

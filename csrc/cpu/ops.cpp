@@ -47,23 +47,25 @@ void parallel(int64_t tasks, int64_t grain, F&& task) {
               "cece: parallel loop failed");
 }
 constexpr int64_t kWorthAThread = 1 << 14;  // elements
-int64_t grain(int64_t elements_per_task) { return std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, elements_per_task)); }
+int64_t grain(int64_t elements_per_task) {
+  return std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, elements_per_task));
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // empty_like, large ones from pages.h
 Tensor empty_gradient(const Tensor& like) {
-  Tensor plain = at::empty_like(like);
-  const size_t bytes = plain.nbytes();
-  if (bytes < Pages::kLeast || plain.storage().nbytes() != bytes) return plain;
+  const size_t bytes = like.numel() * like.element_size();
+  if (bytes < Pages::kLeast) return at::empty_like(like);
   void* start = Pages::global().take(bytes);
-  if (!start) return plain;
+  if (!start) return at::empty_like(like);
+  const Tensor plain = at::empty_like(like, like.options().device(at::kMeta));  // its strides
   c10::reportMemoryUsageToProfiler(start, int64_t(bytes), 0, bytes, c10::Device(c10::kCPU));
   const auto free = [bytes](void* p) {
     c10::reportMemoryUsageToProfiler(p, -int64_t(bytes), 0, 0, c10::Device(c10::kCPU));
     Pages::global().give_back(p, bytes);
   };
-  return at::from_blob(start, plain.sizes(), plain.strides(), free, plain.options());
+  return at::from_blob(start, plain.sizes(), plain.strides(), free, like.options());
 }
 
 template <class F>
@@ -86,8 +88,8 @@ void raise_bad_label(const CrossEntropyCall& call, int64_t row) {
   const Tensor labels = call.target.reshape({-1});
   const int64_t label = labels[row].item<int64_t>();
   TORCH_CHECK_INDEX(false, "cece.cross_entropy: Target ", label, " is out of bounds: target",
-                    position(call.row_sizes, row), " must be in [0, ", call.args.classes,
-                    ") or equal ignore_index (", call.args.ignore_index, "), got ", label);
+                    position(call.row_sizes, row), " must be in [0, ", call.args.classes, ") or equal ignore_index (",
+                    call.args.ignore_index, "), got ", label);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
@@ -100,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
   a.bad_row = &bad_row;
   visit_acc(call.acc, [&](const auto& k, const auto&) {
     if (side_by_side(a)) {
-      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes), [&](int64_t b, int64_t e) { k.forward_pixels(a, b, e); });
+      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
+               [&](int64_t b, int64_t e) { k.forward_pixels(a, b, e); });
     } else {
       const int64_t parts = segments(a), cost = std::min(a.classes, kSegment);
       std::vector<RowState> states(parts > 1 ? a.rows.count * parts : 0);
@@ -122,12 +125,14 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
 void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                     const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                     double label_smoothing, const Tensor& grad_logits) {
-  CrossEntropyCall call = check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
+  CrossEntropyCall call =
+      check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
   const auto held = check_saved(call, grad, stats, total_weight);
   const CrossEntropyArgs& a = call.args;
   visit_acc(call.acc, [&](const auto& k, const auto&) {
     if (side_by_side(a)) {
-      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes), [&](int64_t b, int64_t e) { k.backward_pixels(a, b, e); });
+      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
+               [&](int64_t b, int64_t e) { k.backward_pixels(a, b, e); });
     } else {
       parallel(a.rows.count * segments(a), grain(std::min(a.classes, kSegment)),
                [&](int64_t b, int64_t e) { k.backward_rows(a, b, e); });
@@ -135,17 +140,18 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
   });
 }
 
-Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
-                              const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
-                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                              double label_smoothing) {
   Tensor grad_logits = empty_gradient(logits);
-  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, grad_logits);
+  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
+                 grad_logits);
   return grad_logits;
 }
 
-void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target,
-                             const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
-                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
+void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+                             const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                             double label_smoothing) {
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
 }
 

@@ -10,7 +10,9 @@ using Vec = at::vec::Vectorized<A>;
 
 inline namespace CPU_CAPABILITY {
 
-#define CECE_VEC template <class A> inline __attribute__((always_inline))
+#define CECE_VEC     \
+  template <class A> \
+  inline __attribute__((always_inline))
 CECE_VEC Vec<A> select(Vec<A> mask, Vec<A> a, Vec<A> b) { return Vec<A>::blendv(b, a, mask); }
 CECE_VEC Vec<A> greater(Vec<A> a, Vec<A> b) { return a > b; }
 CECE_VEC Vec<A> equal(Vec<A> a, Vec<A> b) { return a == b; }
@@ -78,7 +80,7 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
   using I = Vec<int32_t>;
   using at::vec::fmadd;
   const V subnormal = z < V(0x1p-126f);
-  const V scaled = select(subnormal, fmadd(z, V(0x1p64f), V(0.f)), z);  // -0 becomes 0
+  const V scaled = select(subnormal, fmadd(z, V(0x1p64f), V(0.f)), z);                 // -0 becomes 0
   const I bits = at::vec::cast<int32_t>(scaled), k = (bits - I(0x3f3504f3)) >> I(23);  // sqrt(1/2)
   const V m = at::vec::cast<float>(bits - (k << I(23)));
   const V exponent = at::vec::convert_to_fp_of_same_size<float>(k) + select(subnormal, V(-64.f), V(0.f));
