@@ -231,7 +231,8 @@ struct Block {
   int line = 0;  // of the barrier where threads wait
   char *memory = nullptr, *stacks = nullptr;
   size_t used = 0, stack_bytes = 0;
-  char barrier = 0, end = 0;  // addresses for happens_before
+  alignas(8) char barrier = 0;  // addresses for happens_before: TSan knows eight bytes as one
+  alignas(8) char end = 0;
   std::string error;
   void (*run)(void*) = nullptr;
   void* kernel = nullptr;
@@ -388,7 +389,7 @@ inline void* map(size_t bytes) {
   return p;
 }
 
-inline void prepare(Block& b, unsigned n) {
+inline void prepare(Block& b, unsigned n, [[maybe_unused]] std::mt19937_64& random) {
   const Config& c = config();
 #ifdef __SANITIZE_THREAD__
   b.release();  // the same address in two blocks would look like a race between them
@@ -419,9 +420,6 @@ inline void prepare(Block& b, unsigned n) {
     t.block = &b, t.index = {i, 0, 0}, t.lane = i % 32, t.warp = i / 32, t.state = State::ready;
     char* const stack = b.stacks + i * c.stack;
     t.context.stack = stack, t.context.size = c.stack;
-#ifdef __SANITIZE_THREAD__
-    t.context.tsan = __tsan_create_fiber(0);
-#endif
 #ifdef CECE_EMULATOR_UCONTEXT
     getcontext(&t.context.saved);
     t.context.saved.uc_stack.ss_sp = stack, t.context.saved.uc_stack.ss_size = c.stack;
@@ -436,6 +434,11 @@ inline void prepare(Block& b, unsigned n) {
 #endif
   }
 #ifdef __SANITIZE_THREAD__
+  // In any order: TSan gives a new thread the number of a finished one, and a race with one's own number is none.
+  std::vector<void*> names(n);
+  for (void*& name : names) name = __tsan_create_fiber(0);
+  std::shuffle(names.begin(), names.end(), random);
+  for (unsigned i = 0; i < n; i++) b.threads[i].context.tsan = names[i];
   b.host.tsan = __tsan_get_current_fiber();
 #endif
 }
@@ -443,8 +446,8 @@ inline void prepare(Block& b, unsigned n) {
 inline void run_block(Block& b, uint64_t seed) {
   NotChecked scope;
   const unsigned n = b.size.x;
-  prepare(b, n);
   std::mt19937_64 random(seed);
+  prepare(b, n, random);
   unsigned done = 0;
   while (done < n && b.error.empty()) {
     if (config().order == Order::random) std::shuffle(b.order.begin(), b.order.end(), random);
@@ -488,7 +491,8 @@ void launch(void (*kernel)(P...), dim3 grid, int threads, cudaStream_t, int clus
     void (*kernel)(P...);
     std::tuple<P...> args;
   } call{kernel, std::tuple<P...>(static_cast<P>(args)...)};
-  static thread_local Block& b = *new Block;
+  NotChecked scope;
+  static thread_local Block& b = *new Block;  // never freed: at exit that would look like a race
   b.run = [](void* p) {
     Call& c = *static_cast<Call*>(p);
     std::apply(c.kernel, c.args);

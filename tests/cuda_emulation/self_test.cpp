@@ -1,0 +1,59 @@
+// Does the emulator catch what it is there to catch? A sum of a row by a block, right (bug 0) or wrong in one of the
+// ways kernels go wrong. Exit status: 0 right result, 1 wrong result, 2 the emulator's error, anything else a sanitizer.
+#include "../../csrc/cuda/runtime.cuh"
+
+using cece::cuda::launch;
+
+constexpr int kThreads = 64, kValues = 100;
+
+__global__ void sum(int bug, const float* x, float* out, float* total) {
+  CECE_SHARED(float, of_warp, kThreads / 32);
+  CECE_SHARED(float, unset, 1);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float s = 0;
+  const int end = bug == 1 ? kValues + 1 : kValues;  // 1: reads past the row
+  for (int i = threadIdx.x; i < end; i += kThreads) s += x[blockIdx.x * kValues + i];
+  for (int d = 16; d > 0; d /= 2) s += __shfl_xor_sync(0xffffffffu, s, d);
+  if (lane == 0) of_warp[bug == 2 ? warp + 1 : warp] = s;  // 2: writes past a shared array
+  if (bug == 3) {  // 3: half of the block waits elsewhere
+    if (warp == 0) {
+      __syncthreads();
+    } else {
+      __syncthreads();
+    }
+  } else if (bug != 4) {  // 4: does not wait
+    __syncthreads();
+  }
+  if (bug == 5 && warp == 1) {  // 5: a shuffle with lanes that have left
+    if (lane > 3) return;
+    s = __shfl_xor_sync(0xffffffffu, s, 1);
+  }
+  if (bug == 8 && lane == 0) s += __shfl_xor_sync(0xffffffffu, s, 1);  // 8: a shuffle that the others do not join
+  if (threadIdx.x != 0) return;
+  s = of_warp[0] + of_warp[1];
+  if (bug == 6) s += unset[0];  // 6: shared memory that nobody wrote
+  out[blockIdx.x] = s;
+  if (bug == 7) *total += s;  // 7: blocks add to one number without an atomic
+}
+
+int main(int argc, char** argv) {
+  const int bug = argc > 1 ? std::atoi(argv[1]) : 0, order = argc > 2 ? std::atoi(argv[2]) : 1;
+  emulator::config().order = order == 0    ? emulator::Order::forward
+                             : order == -1 ? emulator::Order::reverse
+                                           : emulator::Order::random;
+  emulator::config().seed = uint64_t(order);
+  constexpr int kBlocks = 4;
+  std::vector<float> x(kBlocks * kValues, 1.f), out(kBlocks, -1.f);
+  x.shrink_to_fit();
+  float total = 0;
+  try {
+    launch(sum, dim3(kBlocks), kThreads, nullptr, 1, bug, static_cast<const float*>(x.data()), out.data(), &total);
+  } catch (const emulator::Error& e) {
+    std::puts(e.what());
+    return 2;
+  }
+  for (const float s : out) {
+    if (!(s == kValues)) return std::printf("got %g, want %d\n", double(s), kValues), 1;
+  }
+  return 0;
+}
