@@ -7,7 +7,7 @@
 
 namespace cece {
 
-constexpr int kMaxDims = 8;  // merged dimensions; check.h copies a tensor that needs more
+constexpr int kMaxDims = 12;  // merged dimensions; check.h copies a tensor that needs more
 
 enum class Dtype : int32_t { f64, f32, f16, bf16, u8, i8, i16, i32, i64 };  // bool is u8
 enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };             // torch's numbers

@@ -69,7 +69,11 @@ struct Strided {  // a tensor to be walked together with others
   Operand* operand;
 };
 
-inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+// Never null, not even where there are no elements: null means absent.
+inline void* data_of(const Tensor& t) {
+  static char nothing;
+  return t.numel() ? const_cast<void*>(t.const_data_ptr()) : &nothing;
+}
 
 // Dimensions `dims` of the tensors, which agree in size, merged where all their strides allow it.
 // False where more than kMaxDims remain.

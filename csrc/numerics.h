@@ -87,6 +87,21 @@ template <class T>
 CECE_HD T times(T a, T b) {
   return select(equal(a, T(0)), T(0), a * b);
 }
+// A sum of many terms that keeps what each addition rounds off (Knuth's TwoSum): exact to the last bits for any number.
+template <class T>
+struct LongSum {
+  T sum = T(0);
+  T lost = T(0);
+
+  CECE_HD void add(T x) {
+    const T s = sum + x, was = s - x;
+    lost = lost + ((sum - was) + (x - (s - was)));
+    sum = s;
+  }
+  CECE_HD void scale(T z) { sum = sum * z, lost = lost * z; }
+  CECE_HD T value() const { return select(equal(lost, lost), sum + lost, sum); }  // lost is NaN where sum is infinite
+};
+
 // -------------------------------------------------------------------------------- softmax cross-entropy
 
 // log(sum_j e^{x_j}), as it is read. `rest` is the sum of e^{x_j - max} without one of the terms that equal 1

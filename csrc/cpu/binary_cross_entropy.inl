@@ -101,7 +101,7 @@ struct BinaryCrossEntropyOf {
           if (out) {
             store_vector(out + i, loss, count);
           } else {
-            sum[turn++ & 3] += count == kLanes ? loss : V::set(V(A(0)), loss, count);
+            sum[turn++ & 3] += count == kLanes ? loss : first_lanes(loss, count);
           }
         });
         total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));

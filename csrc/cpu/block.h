@@ -158,6 +158,15 @@ inline __attribute__((always_inline)) void store_vector(A* out, Vec<A> x, int64_
   count == Vec<A>::size() ? x.store(out) : x.store(out, count);
 }
 
+// x with 0 in all lanes but the first `count`
+template <class A>
+inline Vec<A> first_lanes(Vec<A> x, int64_t count) {
+  A lane[Vec<A>::size()];
+  x.store(lane);
+  std::fill(lane + count, lane + Vec<A>::size(), A(0));
+  return Vec<A>::loadu(lane);
+}
+
 // combine() over the lanes, as a tree
 template <class A, class F>
 inline A reduce_lanes(Vec<A> x, F&& combine) {

@@ -110,10 +110,7 @@ struct CrossEntropy {
       for (int k = 0; k < 4; k++) sum[k] = sum[k] + exp_nonpositive(V::loadu(x + i + k * kLanes) - m);
     }
     for (; i + kLanes <= n; i += kLanes) sum[0] = sum[0] + exp_nonpositive(V::loadu(x + i) - m);
-    if (i < n) {
-      const V last = V::set(V(-std::numeric_limits<A>::infinity()), V::loadu(x + i, n - i), n - i);
-      sum[1] = sum[1] + exp_nonpositive(last - m);
-    }
+    if (i < n) sum[1] = sum[1] + first_lanes(exp_nonpositive(V::loadu(x + i, n - i) - m), n - i);
     return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
@@ -133,7 +130,7 @@ struct CrossEntropy {
       V gap = m - load_vector(x + i, count);
       V q_i = even ? V(A(1)) : q.at(i, count);
       if (!even) gap = times(q_i, gap);
-      if (count < kLanes) gap = V::set(zero, gap, count), q_i = V::set(zero, q_i, count);
+      if (count < kLanes) gap = first_lanes(gap, count), q_i = first_lanes(q_i, count);
       turn ^= 1;
       gaps[turn] = gaps[turn] + gap;
       mass[turn] = mass[turn] + q_i;
@@ -336,29 +333,57 @@ struct CrossEntropy {
     return static_cast<const char*>(a.logits.data) + (b.at_x + next * a.logits.class_stride) * size_of(a.logits.dtype);
   }
 
+  // Sums over the classes of a block of rows, one row a lane. A float sum of thousands of terms would drift, so kGroup
+  // classes are added up plainly and each group's sums to LongSums, relative to the maximum so far.
+  struct Sums {
+    static constexpr int64_t kGroup = 16;
+    struct Long {
+      alignas(64) A sum[kMaxPixels], lost[kMaxPixels];
+      LongSum<V> at(int64_t i) const { return {V::loadu(sum + i), V::loadu(lost + i)}; }
+      void put(int64_t i, const LongSum<V>& s) { s.sum.store(sum + i), s.lost.store(lost + i); }
+    };
+    alignas(64) A max[kMaxPixels], rest[kMaxPixels], gaps[kMaxPixels], mass[kMaxPixels];  // of this group
+    alignas(64) A group_max[kMaxPixels];                                                  // as this group began
+    Long all_rest, all_gaps, all_mass;
+
+    void reset(int64_t lanes, bool dense) {
+      const auto clear = [&](Long& s) { std::fill_n(s.sum, lanes, A(0)), std::fill_n(s.lost, lanes, A(0)); };
+      std::fill_n(max, lanes, lowest<A>()), std::fill_n(group_max, lanes, lowest<A>());
+      std::fill_n(rest, lanes, A(-1));
+      clear(all_rest);
+      if (dense) std::fill_n(gaps, lanes, A(0)), std::fill_n(mass, lanes, A(0)), clear(all_gaps), clear(all_mass);
+    }
+    void end_group(int64_t lanes, bool dense) {
+      const V zero(A(0));
+      for (int64_t i = 0; i < lanes; i += kLanes) {
+        const V rise = gap(V::loadu(group_max + i), V::loadu(max + i));
+        LongSum<V> s = all_rest.at(i);
+        s.scale(exp_nonpositive(-rise));
+        s.add(V::loadu(rest + i));
+        all_rest.put(i, s);
+        zero.store(rest + i);  // the maximal element's own term has been left out for good
+        V::loadu(max + i).store(group_max + i);
+        if (!dense) continue;
+        LongSum<V> g = all_gaps.at(i), m = all_mass.at(i);
+        g.add(times(m.value(), rise));
+        g.add(V::loadu(gaps + i));
+        m.add(V::loadu(mass + i));
+        all_gaps.put(i, g), all_mass.put(i, m);
+        zero.store(gaps + i), zero.store(mass + i);
+      }
+    }
+  };
+
   template <Target K>
   static void forward_block(const Args& a, int64_t task) {
-    constexpr int64_t kGroup = 256;  // classes summed in one go: keeps a float sum of many classes accurate
+    constexpr bool dense = K != Target::hard;
     Block b;
     locate(a, task, b);
     alignas(64) A buffer[kMaxPixels], t_buffer[kMaxPixels], x_y[kMaxPixels], w_y[kMaxPixels];
-    alignas(64) A max[kMaxPixels], rest[kMaxPixels], gaps[kMaxPixels], mass[kMaxPixels], max_all[kMaxPixels],
-        rest_all[kMaxPixels];
-    const auto reset = [&](A* max, A* rest) {
-      std::fill_n(max, b.lanes, lowest<A>());
-      std::fill_n(rest, b.lanes, A(-1));
-    };
-    const auto merge_group = [&](bool last) {
-      for (int64_t i = 0; i < b.lanes; i += kLanes) {
-        LogSumExp<V> s{V::loadu(max_all + i), V::loadu(rest_all + i)};
-        s.merge({V::loadu(max + i), V::loadu(rest + i)});
-        s.max.store(max_all + i), s.rest.store(rest_all + i);
-      }
-      if (!last) std::fill_n(rest, b.lanes, A(-1));  // the maximum goes on: gaps are relative to it
-    };
-    reset(max, rest), reset(max_all, rest_all);
-    std::fill_n(gaps, b.lanes, A(0)), std::fill_n(mass, b.lanes, A(0));
+    Sums sums;
+    sums.reset(b.lanes, dense);
 
+    const V keep_v(keep(a)), spread_v(spread(a));
     const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
       const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer);
@@ -371,30 +396,31 @@ struct CrossEntropy {
       each_vector<A>(b.n, [&](int64_t i, int64_t count) {
         __builtin_prefetch(next + i * step);
         const V x_i = load_vector(x + i, count);
-        LogSumExp<V> s{V::loadu(max + i), V::loadu(rest + i)};
+        LogSumExp<V> s{V::loadu(sums.max + i), V::loadu(sums.rest + i)};
         const V old_max = s.max;
         s.push(x_i);
-        s.max.store(max + i), s.rest.store(rest + i);
-        if constexpr (K != Target::hard) {
-          V q(spread(a));
-          if constexpr (K == Target::soft) q = smoothed(load_vector(t + i, count), V(keep(a)), q);
-          TargetGaps<V> target{V::loadu(gaps + i), V::loadu(mass + i)};
+        s.max.store(sums.max + i), s.rest.store(sums.rest + i);
+        if constexpr (dense) {
+          V q = spread_v;
+          if constexpr (K == Target::soft) q = smoothed(load_vector(t + i, count), keep_v, spread_v);
+          TargetGaps<V> target{V::loadu(sums.gaps + i), V::loadu(sums.mass + i)};
           target.rebase(old_max, s.max);
           target.push(q * w, x_i, s.max);
-          target.gaps.store(gaps + i), target.mass.store(mass + i);
+          target.gaps.store(sums.gaps + i), target.mass.store(sums.mass + i);
         }
       });
-      if (c % kGroup == kGroup - 1 && c + 1 < a.classes) merge_group(false);
+      if (c % Sums::kGroup == Sums::kGroup - 1) sums.end_group(b.lanes, dense);
     }
-    merge_group(true);
+    if (a.classes % Sums::kGroup) sums.end_group(b.lanes, dense);
     gather_labels(a, b, x_y, w_y);  // now, while the block is in cache
 
     A* out = static_cast<A*>(a.stats) + b.first;
     A* loss = static_cast<A*>(a.loss) + b.first;
     each_vector<A>(b.n, [&](int64_t i, int64_t count) {
-      const LogSumExp<V> s{V::loadu(max_all + i), V::loadu(rest_all + i)};
-      const TargetGaps<V> target{V::loadu(gaps + i), V::loadu(mass + i)};
-      const V kept = V::loadu(w_y + i) * V(keep(a)), log_sum = s.log_sum();
+      const LogSumExp<V> s{V::loadu(sums.max + i), sums.all_rest.at(i).value()};
+      TargetGaps<V> target;
+      if constexpr (dense) target = {sums.all_gaps.at(i).value(), sums.all_mass.at(i).value()};
+      const V kept = V::loadu(w_y + i) * keep_v, log_sum = s.log_sum();
       store_vector(out + i, s.max, count);
       store_vector(out + a.rows.count + i, log_sum, count);
       store_vector(out + 2 * a.rows.count + i, kept + target.mass, count);

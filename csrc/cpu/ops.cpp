@@ -53,8 +53,9 @@ int64_t grain(int64_t elements_per_task) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// empty_like, large ones from pages.h
+// empty_like, large ones from pages.h. Contiguous where there may be more dimensions than a kernel takes.
 Tensor empty_gradient(const Tensor& like) {
+  if (like.dim() > kMaxDims) return at::empty(like.sizes(), like.options());
   const size_t bytes = like.numel() * like.element_size();
   if (bytes < Pages::kLeast) return at::empty_like(like);
   void* start = Pages::global().take(bytes);
@@ -117,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
       std::vector<double> sums(2 * chunks);
       parallel(chunks, 1, [&](int64_t b, int64_t e) { k.reduce(a, sums.data(), b, e); });
       k.total(a, sums.data(), chunks);
+    } else {
+      out.total_weight.fill_(1);  // nothing is divided
     }
   });
   return {out.loss, out.stats, out.total_weight};
@@ -152,6 +155,11 @@ Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Te
 void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                              double label_smoothing) {
+  if (logits.dim() > kMaxDims) {
+    logits.copy_(cross_entropy_backward(grad, logits, target, weight, stats, total_weight, reduction, ignore_index,
+                                        label_smoothing));
+    return;
+  }
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
 }
 

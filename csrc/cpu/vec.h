@@ -34,8 +34,12 @@ inline __attribute__((always_inline)) Vec<float> exp_scale(Vec<float> x, Vec<flo
   x = at::vec::clamp_min(x, V(-104.f));
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits: an exponent with its bias.
   const V log2e(1.44269504f), magic(12582912.f + 127.f + kShift);
-  const V t = fmadd(x, log2e, magic);
-  const V r = fmadd(x, V(1.92596303e-8f), fmadd(x, log2e, magic - t));  // log2(e) in two parts
+  const V t = fmadd(x, log2e, magic), n = t - magic;
+#ifdef CPU_CAPABILITY_DEFAULT  // fmadd may round twice: take n ln2 off x in two parts, the first product exact
+  const V r = ((x - n * V(0.693359375f)) + n * V(2.12194440e-4f)) * log2e;
+#else
+  const V r = fmadd(x, V(1.92596303e-8f), fmadd(x, log2e, -n));  // log2(e) in two parts
+#endif
   constexpr float k = kShift ? 0x1p-64f : 1.f;
   V p = fmadd(V(1.54531735e-4f * k), r, V(1.3390875e-3f * k));
   p = fmadd(p, r, V(9.61808208e-3f * k));
