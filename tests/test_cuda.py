@@ -42,7 +42,10 @@ def test_built_for_this_gpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_float64(rows, classes, dtype):
     """Every launch path, the cluster of blocks included, which no emulator runs."""
-    logits, labels = (torch.randn(rows, classes, device="cuda") * 4).to(dtype), torch.randint(classes, (rows,), device="cuda")
+    logits, labels = (
+        (torch.randn(rows, classes, device="cuda") * 4).to(dtype),
+        torch.randint(classes, (rows,), device="cuda"),
+    )
     for target in (labels, torch.rand(rows, classes, device="cuda").softmax(1).to(dtype)):
         loss, grad = step(logits, target)
         x = logits.double().requires_grad_()
@@ -150,7 +153,9 @@ def test_bad_label_is_nan_and_the_context_lives():
 
 
 def test_impossible_probability_is_nan():
-    loss = cece.binary_cross_entropy(torch.tensor([0.5, 1.5], device="cuda"), torch.ones(2, device="cuda"), reduction="none")
+    loss = cece.binary_cross_entropy(
+        torch.tensor([0.5, 1.5], device="cuda"), torch.ones(2, device="cuda"), reduction="none"
+    )
     assert loss.isnan().tolist() == [False, True]
 
 

@@ -106,7 +106,7 @@ def test_no_symbol_is_left_open(built):
 
 
 def tool(name):
-    """cuobjdump or nvdisasm: of the toolkit, of a pip wheel (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), or on PATH."""
+    """cuobjdump or nvdisasm: the toolkit's, a pip wheel's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), or on PATH."""
     site = Path(torch.__file__).parents[1]
     for folder in (cuda_home() / "bin", *site.glob("nvidia/*/bin"), site / "triton/backends/nvidia/bin"):
         if (folder / name).is_file():
@@ -123,7 +123,9 @@ def dump(built):
 
     def run(dtype, *args):
         (file,) = BUILD.glob(f"temp*/cuda/{dtype}.o")
-        done = subprocess.run([cuobjdump, *args, file], capture_output=True, text=True, env={**os.environ, "PATH": path})
+        done = subprocess.run(
+            [cuobjdump, *args, file], capture_output=True, text=True, env={**os.environ, "PATH": path}
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -131,7 +133,7 @@ def dump(built):
 
 
 def kernel_name(mangled):
-    """"forward_rows" and its kind of target, 0 to 2, or 0."""
+    """ "forward_rows" and its kind of target, 0 to 2, or 0."""
     name = next(k for k in REGISTERS if re.search(rf"\d{k}I", mangled))
     kind = re.search(r"TargetE(\d)", mangled)
     return name, int(kind[1]) if kind else 0

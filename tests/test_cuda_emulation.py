@@ -22,7 +22,9 @@ SANITIZERS = {
 }
 ENVIRONMENT = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
 
-pytestmark = pytest.mark.skipif(not shutil.which(compiler()[0]), reason="the emulator needs a C++ compiler, and there is none")
+pytestmark = pytest.mark.skipif(
+    not shutil.which(compiler()[0]), reason="the emulator needs a C++ compiler, and there is none"
+)
 
 
 def build(folder, name, sanitizer, sources):
@@ -181,7 +183,9 @@ def test_bit_identical_in_any_order(emulated, order):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("classes, layout", [(7, "rows"), (129, "rows"), (2500, "rows"), (70000, "rows"), (40, "pixels")])
+@pytest.mark.parametrize(
+    "classes, layout", [(7, "rows"), (129, "rows"), (2500, "rows"), (70000, "rows"), (40, "pixels")]
+)
 def test_tiny_losses(emulated, dtype, classes, layout):
     """A confident row's loss keeps its last bits: 1e-20 to 4 ULP."""
     gap = 46.0 if dtype != torch.float16 else 47.0
@@ -211,7 +215,8 @@ def test_masked_and_infinite_rows(emulated):
     for dtype in (torch.float32, torch.bfloat16):
         low = torch.finfo(dtype).min  # what a masked logit usually is
         rows = torch.tensor(
-            [[low] * 4, [low, 0.0, low, low], [-torch.inf, 1.0, 1.0, -torch.inf], [0.0, torch.inf, 1.0, 2.0]], dtype=dtype
+            [[low] * 4, [low, 0.0, low, low], [-torch.inf, 1.0, 1.0, -torch.inf], [0.0, torch.inf, 1.0, 2.0]],
+            dtype=dtype,
         )
         for logits in (rows, rows.t().contiguous().t()):
             loss = cece.cross_entropy(logits, torch.ones(4, dtype=torch.long), reduction="none")

@@ -24,7 +24,17 @@ OPERATORS = [
     "binary_cross_entropy_backward",
 ]
 # -O1 compiles in half the time of -O2 and runs as fast: the emulator spends its time in switches between stacks.
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-DCECE_EMULATE", "-ffp-contract=off", "-w", f"-I{HERE}", f"-I{ROOT}/csrc"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-DCECE_EMULATE",
+    "-ffp-contract=off",
+    "-w",
+    f"-I{HERE}",
+    f"-I{ROOT}/csrc",
+]
 
 
 def compiler():
