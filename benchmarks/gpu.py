@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--out folder] [--bytes 1e9] [--quick]
 
 Forward and backward together, as in training. Times are CUDA events over several repeats, the median; inputs are
-rotated so that no repeat finds its own in the L2. Beside each time stands the byte model: three passes over the logits (forward
-reads them, backward reads them and writes the gradient), five over logits and targets for the binary loss and soft
-targets; GB/s and the share of a device copy measured in the same run follow from it.
+rotated so that no repeat finds its own in the L2. Beside each time stands the byte model: three passes over the logits
+(forward reads them, backward reads them and writes the gradient), five over logits and targets for the binary loss and
+soft targets; GB/s and the share of a device copy measured in the same run follow from it.
 """
 
 import argparse

@@ -161,7 +161,7 @@ def test_impossible_probability_is_nan():
 
 @pytest.mark.parametrize("elements", [2**31 + 4096, 2**32 + 4096])
 def test_more_elements_than_an_int_counts(elements):
-    """The rows at the far end of a tensor, against the same rows alone; int8-sized offsets would fault or alias."""
+    """The rows at the far end of a tensor, against the same rows alone; 32-bit offsets would fault or alias."""
     classes = 4096
     rows = elements // classes
     if torch.cuda.mem_get_info()[0] < 2 * elements * 2 + (4 << 30):
