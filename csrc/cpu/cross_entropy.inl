@@ -85,12 +85,12 @@ struct CrossEntropy {
     for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
       for (int k = 0; k < 4; k++) m[k] = at::vec::clamp_min(V::loadu(x + i + k * kLanes), m[k]);
     }
-    A tail = lowest<A>();
     for (; i + kLanes <= n; i += kLanes) m[0] = at::vec::clamp_min(V::loadu(x + i), m[0]);
-    for (; i < n; i++) tail = x[i] > tail ? x[i] : tail;
-    const auto greatest = [](A p, A q) { return p > q ? p : q; };
-    for (int k = 0; k < 4; k++) tail = greatest(tail, reduce_lanes(m[k], greatest));
-    return tail;
+    const auto greater_of = [](auto p, auto q) { return p > q ? p : q; };
+    const V all = at::vec::clamp_min(at::vec::clamp_min(m[0], m[1]), at::vec::clamp_min(m[2], m[3]));
+    A result = reduce_lanes(all, greater_of);
+    for (; i < n; i++) result = greater_of(x[i], result);
+    return result;
   }
 
   static int64_t index_of(const A* x, int64_t n, A value) {
@@ -102,15 +102,27 @@ struct CrossEntropy {
     return i;
   }
 
-  static A sum_exp(const A* x, int64_t n, A max) {
+  // sum_i e^{x_i - max}, without element `own` (n: with all)
+  static A sum_exp(const A* x, int64_t n, A max, int64_t own) {
     const V m(max);
     V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      for (int k = 0; k < 4; k++) sum[k] = sum[k] + exp_nonpositive(V::loadu(x + i + k * kLanes) - m);
-    }
-    for (; i + kLanes <= n; i += kLanes) sum[0] = sum[0] + exp_nonpositive(V::loadu(x + i) - m);
-    if (i < n) sum[1] = sum[1] + first_lanes(exp_nonpositive(V::loadu(x + i, n - i) - m), n - i);
+    const auto add = [&](int64_t i, int64_t end) {  // whole vectors
+      for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+        for (int k = 0; k < 4; k++) sum[k] = sum[k] + exp_nonpositive(V::loadu(x + i + k * kLanes) - m);
+      }
+      for (; i < end; i += kLanes) sum[0] = sum[0] + exp_nonpositive(V::loadu(x + i) - m);
+    };
+    const auto add_few = [&](int64_t i, int64_t end) {  // less than a vector, or one with the element to leave out
+      A few[kLanes];
+      std::fill_n(few, kLanes, -std::numeric_limits<A>::infinity());
+      for (int64_t j = i; j < end; j++) few[j - i] = j == own ? few[j - i] : x[j];
+      sum[1] = sum[1] + exp_nonpositive(V::loadu(few) - m);
+    };
+    const int64_t whole = n / kLanes * kLanes, own_vector = std::min(own / kLanes * kLanes, whole);
+    add(0, own_vector);
+    if (own_vector < whole) add_few(own_vector, own_vector + kLanes);
+    add(std::min(own_vector + kLanes, whole), whole);
+    if (whole < n) add_few(whole, n);
     return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
@@ -153,11 +165,11 @@ struct CrossEntropy {
       const A* x = load(a.logits, at_x + c * stride, stride, n, x_buffer);
       const A max = block_max(x, n);
       if (max > lse.max) {  // one of the maximal elements is the `1 +` of log1p: its term stays out of the sum
-        const int64_t own = index_of(x, n, max);
+        const LogSumExp<double> block{max, sum_exp(x, n, max, index_of(x, n, max))};
         target.rebase(lse.max, max);
-        lse.merge({double(max), double(sum_exp(x, own, max)) + sum_exp(x + own + 1, n - own - 1, max)});
+        c == begin ? void(lse = block) : lse.merge(block);
       } else {
-        lse.rest += sum_exp(x, n, A(lse.max));
+        lse.rest += sum_exp(x, n, A(lse.max), n);
       }
       if constexpr (K != Target::hard) {
         add_gaps(target, x, n, A(lse.max), masses<K>(a, at_t, c, n, t_buffer));

@@ -56,15 +56,24 @@ __device__ __forceinline__ void load_targets(const Operand& t, int64_t i, AccOf<
     return widen_pack(load_pack<S>(reinterpret_cast<const uint4*>(static_cast<const S*>(t.data) + i)), out);
   }
   switch (t.dtype) {
-    case Dtype::f64: return widen_run<A, double>(t.data, i, out);
-    case Dtype::f32: return widen_run<A, float>(t.data, i, out);
-    case Dtype::f16: return widen_run<A, __half>(t.data, i, out);
-    case Dtype::bf16: return widen_run<A, __nv_bfloat16>(t.data, i, out);
-    case Dtype::u8: return widen_run<A, uint8_t>(t.data, i, out);
-    case Dtype::i8: return widen_run<A, int8_t>(t.data, i, out);
-    case Dtype::i16: return widen_run<A, int16_t>(t.data, i, out);
-    case Dtype::i32: return widen_run<A, int32_t>(t.data, i, out);
-    case Dtype::i64: return widen_run<A, int64_t>(t.data, i, out);
+    case Dtype::f64:
+      return widen_run<A, double>(t.data, i, out);
+    case Dtype::f32:
+      return widen_run<A, float>(t.data, i, out);
+    case Dtype::f16:
+      return widen_run<A, __half>(t.data, i, out);
+    case Dtype::bf16:
+      return widen_run<A, __nv_bfloat16>(t.data, i, out);
+    case Dtype::u8:
+      return widen_run<A, uint8_t>(t.data, i, out);
+    case Dtype::i8:
+      return widen_run<A, int8_t>(t.data, i, out);
+    case Dtype::i16:
+      return widen_run<A, int16_t>(t.data, i, out);
+    case Dtype::i32:
+      return widen_run<A, int32_t>(t.data, i, out);
+    case Dtype::i64:
+      return widen_run<A, int64_t>(t.data, i, out);
   }
 }
 // Factors beside elements i ... i + N - 1, in[0] being position `column` of the last dimension.
@@ -97,8 +106,8 @@ __device__ __forceinline__ auto load_packed(const BinaryCrossEntropyArgs& a, con
   Elements<S, Pack<S>::kSize> e;
   widen_pack(load_pack<S>(reinterpret_cast<const uint4*>(static_cast<const S*>(a.input.data) + i)), e.x);
   load_targets<S>(a.target, i, e.y);
-  const bool repeats = layouts.weight == Layout::last || layouts.pos_weight == Layout::last ||
-                       layouts.grad_loss == Layout::last;
+  const bool repeats =
+      layouts.weight == Layout::last || layouts.pos_weight == Layout::last || layouts.grad_loss == Layout::last;
   const int64_t column = repeats && a.shape.dims ? i % a.shape.size[a.shape.dims - 1] : 0;
   load_factors(a, a.weight, layouts.weight, i, column, e.w);
   load_factors(a, a.pos_weight, layouts.pos_weight, i, column, e.p);
@@ -122,9 +131,9 @@ __device__ __forceinline__ auto load_single(const BinaryCrossEntropyArgs& a, con
 
 // The sum of a thread's losses goes on in double; a block leaves one partial sum.
 template <class S, class Loss>
-__global__ void __launch_bounds__(kElementThreads, kDtype<S> == Dtype::f64 ? 2 : 4) binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a,
-                                                                  const __grid_constant__ Layouts layouts,
-                                                                  Sums* partial) {
+__global__ void __launch_bounds__(kElementThreads, kDtype<S> == Dtype::f64 ? 2 : 4)
+    binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts,
+                   Sums* partial) {
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
@@ -166,8 +175,8 @@ __global__ void __launch_bounds__(kElementThreads)
 }
 
 template <class S, class Loss>
-__global__ void __launch_bounds__(kElementThreads, kDtype<S> == Dtype::f64 ? 2 : 4) binary_backward(const __grid_constant__ BinaryCrossEntropyArgs a,
-                                                                   const __grid_constant__ Layouts layouts) {
+__global__ void __launch_bounds__(kElementThreads, kDtype<S> == Dtype::f64 ? 2 : 4)
+    binary_backward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts) {
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize;
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;

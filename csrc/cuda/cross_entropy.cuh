@@ -15,7 +15,9 @@ enum class Target { hard, smooth, soft };  // a label; a label with smoothing; p
 
 // Blocks of kMaxThreads that shall fit a multiprocessor: what leaves a thread the registers it needs (80, 128, 255).
 template <class S, Target K>
-constexpr int kResident = kDtype<S> == Dtype::f64 ? 1 : K == Target::soft ? 2 : kMinBlocks;
+constexpr int kResident = kDtype<S> == Dtype::f64 ? 1
+                          : K == Target::soft     ? 2
+                                                  : kMinBlocks;
 
 template <class A>
 struct RowArgs : CrossEntropyArgs {
@@ -35,9 +37,14 @@ __device__ __forceinline__ int64_t label(const CrossEntropyArgs& a, int64_t row)
   if (K == Target::soft) return kIgnored;
   int64_t y;
   switch (a.label_dtype) {
-    case Dtype::u8: y = static_cast<const uint8_t*>(a.labels)[row]; break;
-    case Dtype::i32: y = static_cast<const int32_t*>(a.labels)[row]; break;
-    default: y = static_cast<const int64_t*>(a.labels)[row];
+    case Dtype::u8:
+      y = static_cast<const uint8_t*>(a.labels)[row];
+      break;
+    case Dtype::i32:
+      y = static_cast<const int32_t*>(a.labels)[row];
+      break;
+    default:
+      y = static_cast<const int64_t*>(a.labels)[row];
   }
   return y == a.ignore_index ? kIgnored : y >= 0 && y < a.classes ? y : kImpossible;
 }
@@ -137,8 +144,8 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
       K == Target::soft ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
   const S* const x = static_cast<const S*>(a.logits.data) + at_x;
   const S* const t = static_cast<const S*>(a.probabilities.data) + at_t;
-  const Cut<S> cut(packs_with<S>(x, a.logits, at_x) && (K != Target::soft || packs_with<S>(x, a.probabilities, at_t)), x,
-                   end - begin);
+  const Cut<S> cut(packs_with<S>(x, a.logits, at_x) && (K != Target::soft || packs_with<S>(x, a.probabilities, at_t)),
+                   x, end - begin);
 
   const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head);
   const uint4* const packs_t = reinterpret_cast<const uint4*>(t + cut.head);
@@ -163,15 +170,14 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
           mass[v][k] = i < cut.packs ? mass_of<K>(a, mass[v][k], begin + cut.head + i * N + k) : A(0);
         }
       }
-      reader.push(reinterpret_cast<const A(&)[kTogether * N]>(logit), reinterpret_cast<const A(&)[kTogether * N]>(mass));
+      reader.push(reinterpret_cast<const A(&)[kTogether * N]>(logit),
+                  reinterpret_cast<const A(&)[kTogether * N]>(mass));
     }
   }
   for (int64_t s = lane; s < cut.single; s += lanes) {
     const int64_t i = cut.at(s);
     const A logit[1] = {load_one<S>(a.logits, at_x + i * a.logits.class_stride)};
-    const A p = K == Target::soft
-                    ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride)
-                    : A(0);
+    const A p = K == Target::soft ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
     const A mass[1] = {mass_of<K>(a, p, begin + i)};
     reader.push(logit, mass);
   }
@@ -285,7 +291,8 @@ __device__ __forceinline__ A unused_slope(int64_t y) {
 
 // As forward_rows. Every element is read and written by the same thread, so the gradient may overwrite the logits.
 template <class S, Target K>
-__global__ void __launch_bounds__(kMaxThreads, kResident<S, K>) backward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread) {
+__global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
+    backward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread) {
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize, U = kPacks / 2;  // read and written: as many bytes in flight
   const int lane = spread.lane(), lanes = spread.lanes;
@@ -348,9 +355,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>) backward_rows(co
     A v = unused_slope<A>(y);
     if (has_loss) {
       const A x_i = load_one<S>(a.logits, at_x + i * a.logits.class_stride);
-      const A p = K == Target::soft
-                      ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride)
-                      : A(0);
+      const A p = K == Target::soft ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
       v = slope<S, K>(a, r, x_i, p, c);
       if (K != Target::soft && c == y) label_here = true, x_y = x_i;
     }
@@ -387,8 +392,9 @@ __global__ void __launch_bounds__(kPixelThreads, kResident<S, K> == 1 ? 1 : 2)
           const bool inside = c < end;
           x[u] = inside ? load_one<S>(a.logits, at_x + c * a.logits.class_stride) : minus_infinity<A>();
           if (K != Target::hard) {
-            const A t = K == Target::soft && inside ? load_float<A>(a.probabilities, at_t + c * a.probabilities.class_stride)
-                                                    : A(0);
+            const A t = K == Target::soft && inside
+                            ? load_float<A>(a.probabilities, at_t + c * a.probabilities.class_stride)
+                            : A(0);
             q[u] = inside ? mass_of<K>(a, t, c) : A(0);
           }
         }
@@ -426,8 +432,8 @@ __global__ void __launch_bounds__(kPixelThreads, kResident<S, K> == 1 ? 1 : 2)
       const int64_t c = first + u * slices;
       const bool wanted = c < a.classes && used<K>(y);
       x[u] = wanted ? load_one<S>(a.logits, at_x + c * a.logits.class_stride) : A(0);
-      t[u] = K == Target::soft && wanted ? load_float<A>(a.probabilities, at_t + c * a.probabilities.class_stride)
-                                         : A(0);
+      t[u] =
+          K == Target::soft && wanted ? load_float<A>(a.probabilities, at_t + c * a.probabilities.class_stride) : A(0);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {

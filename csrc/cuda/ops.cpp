@@ -73,18 +73,18 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
   check_launch();
 }
 
-Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
-                              const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
-                              int64_t reduction, int64_t ignore_index, double label_smoothing) {
+Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                              double label_smoothing) {
   Tensor grad_logits = at::empty_like(logits);
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
                  grad_logits);
   return grad_logits;
 }
 
-void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target,
-                             const MaybeTensor& weight, const Tensor& stats, const Tensor& total_weight,
-                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
+void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
+                             const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
+                             double label_smoothing) {
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
 }
 

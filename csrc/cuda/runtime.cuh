@@ -7,7 +7,7 @@
 #ifdef CECE_EMULATE
 #include "emulator.h"
 // A block's array in shared memory. The emulator leaves plain __shared__ undefined, so forgetting this cannot compile.
-#define CECE_SHARED(T, name, n)    \
+#define CECE_SHARED(T, name, n)     \
   static const char name##_key = 0; \
   T(&name)[n] = *reinterpret_cast<T(*)[n]>(::emulator::shared_array(&name##_key, sizeof(T) * (n), alignof(T)))
 #else

@@ -23,7 +23,7 @@ namespace cece::cuda {
 constexpr int kMaxThreads = 256;  // a block's
 constexpr int kMinBlocks = 3;     // of them on a multiprocessor: 768 threads, which may have 80 registers each
 constexpr int kFinishThreads = 128;
-constexpr int kPacks = 4;         // 16-byte loads a thread has in flight
+constexpr int kPacks = 4;  // 16-byte loads a thread has in flight
 
 // ---- a row at a time
 
@@ -33,13 +33,13 @@ struct RowLaunch {
   int threads;        // a block
 };
 constexpr RowLaunch kRowLaunches[] = {
-    {16, 1, 128},        // one pack: nothing to merge
-    {64, 4, 128},        // a pack a lane: neighbouring lanes read neighbouring packs, 64 bytes of a row together
-    {256, 4, 128},       // kPacks each from here on: log2(lanes) merges of about 20 instructions a row, and each
-    {512, 8, 128},       //   merge costs as much as 2 elements, so few lanes with much to read
-    {1024, 16, 128},     // float32 C = 256: 4 packs a lane, 4 merges
-    {8192, 32, 128},     // a warp a row, no barrier
-    {32768, 128, 128},   // a block a row: 4 packs or more a thread
+    {16, 1, 128},       // one pack: nothing to merge
+    {64, 4, 128},       // a pack a lane: neighbouring lanes read neighbouring packs, 64 bytes of a row together
+    {256, 4, 128},      // kPacks each from here on: log2(lanes) merges of about 20 instructions a row, and each
+    {512, 8, 128},      //   merge costs as much as 2 elements, so few lanes with much to read
+    {1024, 16, 128},    // float32 C = 256: 4 packs a lane, 4 merges
+    {8192, 32, 128},    // a warp a row, no barrier
+    {32768, 128, 128},  // a block a row: 4 packs or more a thread
     {INT64_MAX, kMaxThreads, kMaxThreads},
 };
 inline RowLaunch row_launch(int64_t bytes) {
@@ -63,8 +63,8 @@ inline int row_parts(int64_t rows, int64_t bytes, int multiprocessors) {
 // ---- pixels across threads: classes far apart, rows side by side
 
 constexpr int kPixelThreads = 256;
-constexpr int kUnroll = 8;     // classes a thread has in flight
-constexpr int kGroup = 1024;   // classes summed in one go: keeps a float sum of very many classes accurate
+constexpr int kUnroll = 8;    // classes a thread has in flight
+constexpr int kGroup = 1024;  // classes summed in one go: keeps a float sum of very many classes accurate
 
 inline bool pixels_across_threads(const CrossEntropyArgs& a) {
   const int64_t pixel_stride = a.rows.dims ? a.logits.stride[a.rows.dims - 1] : 0;
@@ -73,7 +73,8 @@ inline bool pixels_across_threads(const CrossEntropyArgs& a) {
 // Threads that share a pixel: more when pixels are few. 32 pixels stay together, for 64 to 128 bytes of a class.
 inline int pixel_slices(int64_t pixels, int64_t classes, int multiprocessors) {
   int slices = 1;
-  while (slices < kPixelThreads / 32 && slices * kUnroll < classes && pixels * slices < int64_t(multiprocessors) * 1024) {
+  while (slices < kPixelThreads / 32 && slices * kUnroll < classes &&
+         pixels * slices < int64_t(multiprocessors) * 1024) {
     slices *= 2;
   }
   return slices;

@@ -64,21 +64,31 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 template <class A>
 __device__ __forceinline__ A load_float(const Operand& t, int64_t i) {
   switch (t.dtype) {
-    case Dtype::f64: return A(static_cast<const double*>(t.data)[i]);
-    case Dtype::f16: return widen<A>(static_cast<const __half*>(t.data)[i]);
-    case Dtype::bf16: return widen<A>(static_cast<const __nv_bfloat16*>(t.data)[i]);
-    default: return A(static_cast<const float*>(t.data)[i]);
+    case Dtype::f64:
+      return A(static_cast<const double*>(t.data)[i]);
+    case Dtype::f16:
+      return widen<A>(static_cast<const __half*>(t.data)[i]);
+    case Dtype::bf16:
+      return widen<A>(static_cast<const __nv_bfloat16*>(t.data)[i]);
+    default:
+      return A(static_cast<const float*>(t.data)[i]);
   }
 }
 template <class A>
 __device__ __forceinline__ A load_as(const Operand& t, int64_t i) {
   switch (t.dtype) {
-    case Dtype::u8: return A(static_cast<const uint8_t*>(t.data)[i]);
-    case Dtype::i8: return A(static_cast<const int8_t*>(t.data)[i]);
-    case Dtype::i16: return A(static_cast<const int16_t*>(t.data)[i]);
-    case Dtype::i32: return A(static_cast<const int32_t*>(t.data)[i]);
-    case Dtype::i64: return A(static_cast<const int64_t*>(t.data)[i]);
-    default: return load_float<A>(t, i);
+    case Dtype::u8:
+      return A(static_cast<const uint8_t*>(t.data)[i]);
+    case Dtype::i8:
+      return A(static_cast<const int8_t*>(t.data)[i]);
+    case Dtype::i16:
+      return A(static_cast<const int16_t*>(t.data)[i]);
+    case Dtype::i32:
+      return A(static_cast<const int32_t*>(t.data)[i]);
+    case Dtype::i64:
+      return A(static_cast<const int64_t*>(t.data)[i]);
+    default:
+      return load_float<A>(t, i);
   }
 }
 // Element i of logits or a gradient: of the kernel's own type S, but any float type where S is double, because a
@@ -95,10 +105,17 @@ template <class S>
 __device__ __forceinline__ void store_one(const Operand& t, int64_t i, AccOf<S> value) {
   if (kDtype<S> == Dtype::f64) {
     switch (t.dtype) {
-      case Dtype::f32: static_cast<float*>(t.data)[i] = float(value); return;
-      case Dtype::f16: static_cast<__half*>(t.data)[i] = __float2half_rn(float(value)); return;
-      case Dtype::bf16: static_cast<__nv_bfloat16*>(t.data)[i] = __float2bfloat16_rn(float(value)); return;
-      default: break;
+      case Dtype::f32:
+        static_cast<float*>(t.data)[i] = float(value);
+        return;
+      case Dtype::f16:
+        static_cast<__half*>(t.data)[i] = __float2half_rn(float(value));
+        return;
+      case Dtype::bf16:
+        static_cast<__nv_bfloat16*>(t.data)[i] = __float2bfloat16_rn(float(value));
+        return;
+      default:
+        break;
     }
   }
   static_cast<S*>(t.data)[i] = narrow<S>(value);
@@ -158,10 +175,17 @@ template <class S>
 __device__ __forceinline__ Pack<S> nothing() {
   Pack<S> pack;
   switch (kDtype<S>) {  // by bits: one word is one instruction
-    case Dtype::f64: pack.words = {0, 0xFFF00000u, 0, 0xFFF00000u}; break;
-    case Dtype::f32: pack.words = {0xFF800000u, 0xFF800000u, 0xFF800000u, 0xFF800000u}; break;
-    case Dtype::f16: pack.words = {0xFC00FC00u, 0xFC00FC00u, 0xFC00FC00u, 0xFC00FC00u}; break;
-    default: pack.words = {0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u};
+    case Dtype::f64:
+      pack.words = {0, 0xFFF00000u, 0, 0xFFF00000u};
+      break;
+    case Dtype::f32:
+      pack.words = {0xFF800000u, 0xFF800000u, 0xFF800000u, 0xFF800000u};
+      break;
+    case Dtype::f16:
+      pack.words = {0xFC00FC00u, 0xFC00FC00u, 0xFC00FC00u, 0xFC00FC00u};
+      break;
+    default:
+      pack.words = {0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u, 0xFF80FF80u};
   }
   return pack;
 }
