@@ -93,15 +93,14 @@ struct BinaryCrossEntropyOf {
       A* out = a.loss.data ? static_cast<A*>(a.loss.data) + begin : nullptr;
       for (int64_t from = 0; from < n; from += kSum) {
         V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
-        int turn = 0;
-        each_vector<A>(std::min(kSum, n - from), [&](int64_t k, int64_t count) {
-          const int64_t i = from + k;
+        each_vector_in_turn<A, 4>(std::min(kSum, n - from), [&](int64_t offset, int64_t count, int turn) {
+          const int64_t i = from + offset;
           V loss = Loss::loss(load_vector(in.x + i, count), load_vector(in.y + i, count), optional(in.p, i, count));
           if (in.w) loss = loss * load_vector(in.w + i, count);
           if (out) {
             store_vector(out + i, loss, count);
           } else {
-            sum[turn++ & 3] += count == kLanes ? loss : first_lanes(loss, count);
+            sum[turn] = sum[turn] + (count == kLanes ? loss : first_lanes(loss, count));
           }
         });
         total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));

@@ -149,6 +149,18 @@ inline __attribute__((always_inline)) void each_vector(int64_t n, F&& f) {
   for (; i + V <= n; i += V) f(i, V);
   if (i < n) f(i, n - i);
 }
+// The same, with f(i, count, k): k = 0 ... kWays - 1 in turn, constants to the compiler, so that an array of sums that
+// it indexes stays in registers.
+template <class A, int kWays, class F>
+inline __attribute__((always_inline)) void each_vector_in_turn(int64_t n, F&& f) {
+  constexpr int64_t V = Vec<A>::size();
+  int64_t i = 0;
+  for (; i + kWays * V <= n; i += kWays * V) {
+    for (int k = 0; k < kWays; k++) f(i + k * V, V, k);
+  }
+  for (; i + V <= n; i += V) f(i, V, 0);
+  if (i < n) f(i, n - i, 0);
+}
 template <class A>
 inline __attribute__((always_inline)) Vec<A> load_vector(const A* x, int64_t count) {
   return count == Vec<A>::size() ? Vec<A>::loadu(x) : Vec<A>::loadu(x, count);

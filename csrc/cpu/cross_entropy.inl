@@ -137,13 +137,11 @@ struct CrossEntropy {
     const bool even = K == Target::smooth && !q.w;
     const V m(max), zero(A(0));
     V gaps[2] = {zero, zero}, mass[2] = {zero, zero};
-    int turn = 0;
-    each_vector<A>(n, [&](int64_t i, int64_t count) {
+    each_vector_in_turn<A, 2>(n, [&](int64_t i, int64_t count, int turn) {
       V gap = m - load_vector(x + i, count);
       V q_i = even ? V(A(1)) : q.at(i, count);
       if (!even) gap = times(q_i, gap);
       if (count < kLanes) gap = first_lanes(gap, count), q_i = first_lanes(q_i, count);
-      turn ^= 1;
       gaps[turn] = gaps[turn] + gap;
       mass[turn] = mass[turn] + q_i;
     });
