@@ -3,11 +3,12 @@
 // Every CUDA thread is a fiber with a stack of its own; the blocks of a grid run one after another. Within a block the
 // fibers run in a random order that a seed decides, each until it waits at a barrier or a warp operation, so a missing
 // __syncthreads shows as reading too early. Shared memory starts as 0xFF (NaN), has red zones between its arrays, and
-// is new for every block. With -fsanitize=address an overrun of it is found; with -fsanitize=thread every CUDA thread is
-// a thread to the sanitizer, barriers are its only order, and a race between any two threads of a grid is found.
+// is new for every block. With -fsanitize=address an overrun of it is found; with -fsanitize=thread every CUDA thread
+// is a thread to the sanitizer, barriers are its only order, and a race between two threads of a block is found.
 //
-// Not emulated: clusters, cp.async and TMA, inline PTX, weak memory order (fences do nothing), and the last bits of the
-// GPU's own exp and log, so tests have tolerances. __shared__ and __activemask are left undefined on purpose.
+// Not seen: races between blocks, which run one after another. Not emulated: clusters, cp.async and TMA, inline PTX,
+// weak memory order (fences do nothing), and the last bits of the GPU's own exp and log, so tests have tolerances.
+// __shared__ and __activemask are left undefined on purpose.
 //
 // x86-64 or, anywhere, -DCECE_EMULATOR_UCONTEXT (six times slower: two system calls a switch).
 #pragma once
@@ -113,8 +114,8 @@ enum class Order { forward, reverse, random };
 struct Config {
   Order order = Order::random;
   uint64_t seed = 1;
-  size_t stack = 128 << 10;         // bytes a fiber
-  size_t shared = 48 << 10;         // bytes a block, what every GPU grants without asking
+  size_t stack = 128 << 10;  // bytes a fiber
+  size_t shared = 48 << 10;  // bytes a block, what every GPU grants without asking
 };
 inline Config& config() {
   static Config c;
@@ -165,8 +166,8 @@ struct Context {
 
 #ifndef CECE_EMULATOR_UCONTEXT
 // Saves the six registers that a call must preserve on the old stack, and takes them from the new one.
-__attribute__((naked, noinline, no_sanitize("address", "thread", "undefined"))) inline void switch_stack(void** /*from*/,
-                                                                                                       void* /*to*/) {
+__attribute__((naked, noinline, no_sanitize("address", "thread", "undefined"))) inline void switch_stack(
+    void** /*from*/, void* /*to*/) {
   __asm__ volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -249,8 +250,7 @@ inline thread_local Thread* current = nullptr;
 #ifdef __SANITIZE_THREAD__
 __attribute__((noinline, no_sanitize("thread")))
 #endif
-inline Thread&
-self() {
+inline Thread& self() {
   return *current;
 }
 
@@ -306,7 +306,8 @@ inline uint32_t meet(uint32_t mask, uint32_t value, unsigned from, const char* f
   const uint32_t me = 1u << t.lane;
   const unsigned first = t.warp * 32, lanes = std::min<unsigned>(32, unsigned(b.threads.size()) - first);
   if (!(mask & me)) fail("warp operation at " + place(file, line) + ": the calling lane is not in its mask");
-  if (lanes < 32 && mask >> lanes) fail("warp operation at " + place(file, line) + ": lanes beyond the block in its mask");
+  if (lanes < 32 && mask >> lanes)
+    fail("warp operation at " + place(file, line) + ": lanes beyond the block in its mask");
   size_t i = 0;
   while (i < all.size() && !(all[i].open && all[i].mask == mask && !(all[i].arrived & me))) i++;
   if (i == all.size()) {

@@ -165,11 +165,11 @@ int main(int argc, char** argv) {
           if (classes > 1) cross_entropy({d, 37, classes > 300 ? 300 : classes, true, soft, soft ? 0.0 : 0.1, 1, 4});
         }
       }
-      cross_entropy({d, 2, 5000, false, false, 0, 1, 1});         // a block a row
-      cross_entropy({d, 2, 17000, false, false, 0.1, 3, 1});      // a whole block
-      cross_entropy({d, 2, 40001, false, false, 0, 1, 8});        // parts of a row
-      cross_entropy({d, 1500, 9, true, false, 0, 0, 1});          // a pixel a thread
-      cross_entropy({d, 2100, 2, false, false, 0, 0, 1});         // a reduction in two kernels
+      cross_entropy({d, 2, 5000, false, false, 0, 1, 1});     // a block a row
+      cross_entropy({d, 2, 17000, false, false, 0.1, 3, 1});  // a whole block
+      cross_entropy({d, 2, 40001, false, false, 0, 1, 8});    // parts of a row
+      cross_entropy({d, 1500, 9, true, false, 0, 0, 1});      // a pixel a thread
+      cross_entropy({d, 2100, 2, false, false, 0, 0, 1});     // a reduction in two kernels
       for (const int64_t n : {1, 7, 1000, 5003}) binary(d, n, int(n % 3));
     }
   } catch (const emulator::Error& e) {
