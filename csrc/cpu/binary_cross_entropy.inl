@@ -114,6 +114,7 @@ struct BinaryCrossEntropyOf {
     Buffers b;
     const A scale = a.reduction == Reduction::mean ? A(1) / A(a.shape.count) : A(1);
     const int64_t out_stride = inner_stride(a.shape, a.grad_input);
+    const bool stream = worth_streaming(a.input.data, a.grad_input, a.shape.count);
     const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
     for (int64_t begin = task * kChunk, n; begin < end; begin += n) {
       n = block_length(a.shape, begin, end);
@@ -125,7 +126,8 @@ struct BinaryCrossEntropyOf {
       each_vector<A>(n, [&](int64_t i, int64_t count) {
         V slope = Loss::slope(load_vector(in.x + i, count), load_vector(in.y + i, count), optional(in.p, i, count));
         if (in.w) slope = slope * load_vector(in.w + i, count);
-        store_vector(out + i, slope * (g ? load_vector(g + i, count) : common), count);
+        slope = slope * (g ? load_vector(g + i, count) : common);
+        stream&& out != b.out ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
       });
       each_run(a.shape, a.grad_input, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
         A* place = room(a.grad_input, offset, out_stride, out + first);
@@ -148,6 +150,7 @@ struct BinaryCrossEntropyOf {
     visit_loss(a, [&](auto loss) {
       for (int64_t task = begin; task < end; task++) backward_chunk<decltype(loss)>(a, task);
     });
+    end_streaming();
   }
 
   static constexpr BinaryCrossEntropyKernels<A> kernels = {forward, backward};

@@ -102,13 +102,17 @@ struct CrossEntropy {
     return i;
   }
 
-  // sum_i e^{x_i - max}, without element `own` (n: with all)
-  static A sum_exp(const A* x, int64_t n, A max, int64_t own) {
+  // sum_i e^{x_i - max}, without element `own` (n: with all). The block is in L1 and this is arithmetic only, so it is
+  // the time to ask for what comes `ahead` in memory, the next block or row: reading then costs next to nothing.
+  static A sum_exp(const A* x, int64_t n, A max, int64_t own, const char* ahead, int64_t element_size) {
     const V m(max);
     V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
     const auto add = [&](int64_t i, int64_t end) {  // whole vectors
       for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-        for (int k = 0; k < 4; k++) sum[k] = sum[k] + exp_nonpositive(V::loadu(x + i + k * kLanes) - m);
+        for (int k = 0; k < 4; k++) {
+          __builtin_prefetch(ahead + (i + k * kLanes) * element_size);
+          sum[k] = sum[k] + exp_nonpositive(V::loadu(x + i + k * kLanes) - m);
+        }
       }
       for (; i < end; i += kLanes) sum[0] = sum[0] + exp_nonpositive(V::loadu(x + i) - m);
     };
@@ -162,12 +166,14 @@ struct CrossEntropy {
       const int64_t n = std::min(kBlock, end - c);
       const A* x = load(a.logits, at_x + c * stride, stride, n, x_buffer);
       const A max = block_max(x, n);
+      const int64_t element_size = stride * size_of(a.logits.dtype);
+      const char* ahead = static_cast<const char*>(a.logits.data) + (at_x + (c + n) * stride) * size_of(a.logits.dtype);
       if (max > lse.max) {  // one of the maximal elements is the `1 +` of log1p: its term stays out of the sum
-        const LogSumExp<double> block{max, sum_exp(x, n, max, index_of(x, n, max))};
+        const LogSumExp<double> block{max, sum_exp(x, n, max, index_of(x, n, max), ahead, element_size)};
         target.rebase(lse.max, max);
         c == begin ? void(lse = block) : lse.merge(block);
       } else {
-        lse.rest += sum_exp(x, n, A(lse.max), n);
+        lse.rest += sum_exp(x, n, A(lse.max), n, ahead, element_size);
       }
       if constexpr (K != Target::hard) {
         add_gaps(target, x, n, A(lse.max), masses<K>(a, at_t, c, n, t_buffer));
@@ -249,26 +255,41 @@ struct CrossEntropy {
     return {stats[0], stats[a.rows.count], stats[2 * a.rows.count], incoming(a, row)};
   }
 
-  template <Target K>
-  static void write_block(A* out, const A* x, int64_t n, const RowGrad& r, const Masses<K>& q) {
-    if (!(std::abs(r.max) <= std::numeric_limits<A>::max())) {  // an infinite maximum: element by element
-      for (int64_t i = 0; i < n; i++) {
-        out[i] = r.g * row_slope(x[i], r.max, r.log_sum, r.mass, K == Target::hard ? A(0) : q.at(i));
-      }
-      return;
-    }
-    const V max(r.max), log_sum(r.log_sum), scale(r.g * r.mass), g(r.g);
-    each_vector<A>(n, [&](int64_t i, int64_t count) {
-      V slope = exp_nonpositive((load_vector(x + i, count) - max) - log_sum) * scale;
-      if constexpr (K != Target::hard) slope = slope - g * q.at(i, count);
-      store_vector(out + i, slope, count);
-    });
-  }
-
   // The label's slope, from its logit as it was before anything was written (the gradient may overwrite it).
   static A slope_at_label(const Args& a, const RowGrad& r, int64_t y, A x_y) {
     const A w = class_weight(a, y), kept = keep(a) * w;
     return r.g * label_slope(x_y, r.max, r.log_sum, kept, r.mass - kept, spread(a) * w);
+  }
+
+  // The slopes of a block of n classes; that of element `own` (n: none of them) is given.
+  template <Target K>
+  static void write_block(A* out, const A* x, int64_t n, const RowGrad& r, const Masses<K>& q, int64_t own, A own_slope,
+                          bool stream) {
+    if (!(std::abs(r.max) <= std::numeric_limits<A>::max())) {  // an infinite maximum: element by element
+      for (int64_t i = 0; i < n; i++) {
+        const A slope = r.g * row_slope(x[i], r.max, r.log_sum, r.mass, K == Target::hard ? A(0) : q.at(i));
+        out[i] = i == own ? own_slope : slope;
+      }
+      return;
+    }
+    const V max(r.max), log_sum(r.log_sum), scale(r.g * r.mass), g(r.g);
+    const auto slopes = [&](int64_t i, int64_t count) {
+      const V slope = exp_nonpositive((load_vector(x + i, count) - max) - log_sum) * scale;
+      return K == Target::hard ? slope : slope - g * q.at(i, count);
+    };
+    const auto put = [&](int64_t i, V slope, int64_t count) {
+      stream ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
+    };
+    const int64_t own_vector = own / kLanes * kLanes, own_count = std::min(kLanes, n - own_vector);
+    each_vector<A>(own_vector, [&](int64_t i, int64_t count) { put(i, slopes(i, count), count); });
+    if (own_count > 0) {
+      V slope = slopes(own_vector, own_count);
+      if (own < n) slope = with_lane(slope, own - own_vector, own_slope);
+      put(own_vector, slope, own_count);
+    }
+    const int64_t rest = own_vector + kLanes;
+    if (rest < n)
+      each_vector<A>(n - rest, [&](int64_t i, int64_t count) { put(rest + i, slopes(rest + i, count), count); });
   }
 
   template <Target K>
@@ -279,8 +300,7 @@ struct CrossEntropy {
     const int64_t at_out = offset_of(a.rows, out, row);
     alignas(64) A x_buffer[kBlock], t_buffer[kBlock], out_buffer[kBlock];
     const RowGrad r = row_grad(a, row);
-    const bool label_here = y >= begin && y < end;
-    const A x_y = label_here ? load_one<A>(a.logits, at_x + y * stride) : A(0);
+    const bool stream = worth_streaming(a.logits.data, out, a.rows.count * a.classes);
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c), at = at_out + c * out.class_stride;
       A* slopes = room(out, at, out.class_stride, out_buffer);
@@ -288,11 +308,12 @@ struct CrossEntropy {
         std::fill_n(slopes, n, y == kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN());
       } else {
         const A* x = load(a.logits, at_x + c * stride, stride, n, x_buffer);
-        write_block(slopes, x, n, r, masses<K>(a, at_t, c, n, t_buffer));
+        const int64_t own = y >= c && y < c + n ? y - c : n;
+        write_block(slopes, x, n, r, masses<K>(a, at_t, c, n, t_buffer), own,
+                    own < n ? slope_at_label(a, r, y, x[own]) : A(0), stream && slopes != out_buffer);
       }
       store(out, at, out.class_stride, n, slopes);
     }
-    if (label_here) store_one(out, at_out + y * out.class_stride, slope_at_label(a, r, y, x_y));
   }
 
   static void backward_rows(const Args& a, int64_t begin, int64_t end) {
@@ -303,6 +324,7 @@ struct CrossEntropy {
         write_classes<kind.value>(a, row, label(a, row), c, std::min(c + kSegment, a.classes));
       }
     });
+    end_streaming();
   }
 
   // ---- rows side by side, one a lane
