@@ -16,6 +16,8 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(PIP) pytest hypothesis mpmath expecttest numpy
+	@# to read the CUDA kernels' machine code; without them those tests say that they are skipped
+	@if command -v nvcc >/dev/null; then $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true; fi
 	$(BIN)/python -m pytest -q -ra
 
 # All timings of one run, as JSON; `make report` then writes README's tables and the plots from every JSON there is.

@@ -1,11 +1,10 @@
 // Tensors -> args: every check of an argument, once, for both backends. A message says which argument, what it
 // must be and what it got; where torch has words for the same mistake they are in it.
 #pragma once
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 
 #include <array>
 #include <optional>
@@ -214,6 +213,11 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
   return call;
 }
 
+// empty_like, but contiguous where `like` may have more dimensions than a kernel takes: merge_dims can then merge all.
+inline Tensor gradient_like(const Tensor& like) {
+  return like.dim() > kMaxDims ? at::empty(like.sizes(), like.options()) : at::empty_like(like);
+}
+
 struct CrossEntropyOutputs {
   Tensor loss, stats, total_weight, row_losses;
 };
@@ -224,9 +228,10 @@ inline CrossEntropyOutputs allocate_outputs(CrossEntropyCall& call) {
   stats_sizes.insert(stats_sizes.end(), call.row_sizes.begin(), call.row_sizes.end());
   CrossEntropyOutputs out;
   out.stats = at::empty(stats_sizes, options);
-  out.total_weight = at::empty({}, options);
+  const bool reduced = a.reduction != Reduction::none;
+  out.total_weight = reduced ? at::empty({}, options) : at::ones({}, options);  // 1: nothing is divided
   out.row_losses = at::empty(call.row_sizes, options);
-  out.loss = a.reduction == Reduction::none ? out.row_losses : at::empty({}, options);
+  out.loss = reduced ? at::empty({}, options) : out.row_losses;
   a.stats = out.stats.mutable_data_ptr();
   a.loss = out.row_losses.mutable_data_ptr();
   a.total_weight = out.total_weight.mutable_data_ptr();

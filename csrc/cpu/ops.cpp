@@ -53,13 +53,12 @@ int64_t grain(int64_t elements_per_task) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// empty_like, large ones from pages.h. Contiguous where there may be more dimensions than a kernel takes.
+// gradient_like, large ones from pages.h
 Tensor empty_gradient(const Tensor& like) {
-  if (like.dim() > kMaxDims) return at::empty(like.sizes(), like.options());
   const size_t bytes = like.numel() * like.element_size();
-  if (bytes < Pages::kLeast) return at::empty_like(like);
+  if (bytes < Pages::kLeast || like.dim() > kMaxDims) return gradient_like(like);
   void* start = Pages::global().take(bytes);
-  if (!start) return at::empty_like(like);
+  if (!start) return gradient_like(like);
   const Tensor plain = at::empty_like(like, like.options().device(at::kMeta));  // its strides
   c10::reportMemoryUsageToProfiler(start, int64_t(bytes), 0, bytes, c10::Device(c10::kCPU));
   const auto free = [bytes](void* p) {
@@ -118,8 +117,6 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
       std::vector<double> sums(2 * chunks);
       parallel(chunks, 1, [&](int64_t b, int64_t e) { k.reduce(a, sums.data(), b, e); });
       k.total(a, sums.data(), chunks);
-    } else {
-      out.total_weight.fill_(1);  // nothing is divided
     }
   });
   return {out.loss, out.stats, out.total_weight};
