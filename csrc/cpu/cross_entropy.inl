@@ -30,21 +30,37 @@ struct CrossEntropy {
 
   static constexpr int64_t kIgnored = -1, kImpossible = -2;
 
-  // The class index of a row, or kIgnored, or kImpossible.
-  static int64_t label(const Args& a, int64_t row) {
-    if (a.probabilities.data) return kIgnored;
-    int64_t y = 0;
+  // The class indices of rows first ... first + n - 1, each a class, kIgnored or kImpossible. True if all are classes.
+  static bool read_labels(const Args& a, int64_t first, int64_t n, int64_t* y) {
+    if (a.probabilities.data) {
+      std::fill_n(y, n, kIgnored);
+      return true;
+    }
+    int64_t classes = 0;
+    const auto read = [&](auto* labels) {
+      for (int64_t i = 0; i < n; i++) {
+        const int64_t label = labels[first + i];
+        const bool possible = label >= 0 && label < a.classes, ignored = label == a.ignore_index;
+        y[i] = ignored ? kIgnored : possible ? label : kImpossible;
+        classes += possible & !ignored;
+      }
+    };
     switch (a.label_dtype) {
       case Dtype::u8:
-        y = static_cast<const uint8_t*>(a.labels)[row];
+        read(static_cast<const uint8_t*>(a.labels));
         break;
       case Dtype::i32:
-        y = static_cast<const int32_t*>(a.labels)[row];
+        read(static_cast<const int32_t*>(a.labels));
         break;
       default:
-        y = static_cast<const int64_t*>(a.labels)[row];
+        read(static_cast<const int64_t*>(a.labels));
     }
-    return y == a.ignore_index ? kIgnored : y >= 0 && y < a.classes ? y : kImpossible;
+    return classes == n;
+  }
+  static int64_t label(const Args& a, int64_t row) {
+    int64_t y;
+    read_labels(a, row, 1, &y);
+    return y;
   }
   static A class_weight(const Args& a, int64_t c) { return a.weight ? static_cast<const A*>(a.weight)[c] : A(1); }
   static A keep(const Args& a) { return A(1 - a.label_smoothing); }
@@ -332,6 +348,7 @@ struct CrossEntropy {
   struct Block {  // rows first ... first + n - 1, in `lanes` lanes, and where their class 0 is
     int64_t first, n, lanes, at_x, at_t, at_out, x_stride, t_stride, out_stride;
     int64_t y[kMaxPixels];
+    bool all_labelled;
   };
   static void locate(const Args& a, int64_t task, Block& b) {
     const int last = a.rows.dims - 1;
@@ -345,7 +362,7 @@ struct CrossEntropy {
     b.at_t = offset_of(a.rows, a.probabilities, b.first);
     b.at_out = offset_of(a.rows, a.grad_logits, b.first);
     b.x_stride = along(a.logits), b.t_stride = along(a.probabilities), b.out_stride = along(a.grad_logits);
-    for (int64_t i = 0; i < b.n; i++) b.y[i] = label(a, b.first + i);
+    b.all_labelled = read_labels(a, b.first, b.n, b.y);
   }
   // The label's mass, logit and weight, side by side; 0 without a label.
   static void gather_labels(const Args& a, const Block& b, A* x_y, A* w_y) {
@@ -458,9 +475,7 @@ struct CrossEntropy {
       store_vector(out + 2 * a.rows.count + i, kept + target.mass, count);
       store_vector(loss + i, row_loss(kept, V::loadu(x_y + i), target, s.max, log_sum), count);
     });
-    if constexpr (K != Target::soft) {
-      for (int64_t i = 0; i < b.n; i++) skip(a, b.first + i, b.y[i]);
-    }
+    for (int64_t i = 0; i < b.n && !b.all_labelled; i++) skip(a, b.first + i, b.y[i]);
   }
 
   template <Target K>
@@ -511,6 +526,53 @@ struct CrossEntropy {
     }
   }
 
+  // Backward needs nothing from a row's other classes, so where the classes are contiguous it goes along them after
+  // all: whole vectors, the last one reaching back over the one before. The labels' slopes are found side by side
+  // first.
+  static bool short_rows(const Args& a) {
+    const auto plain = [](const Operand& t) { return t.dtype == dtype_of<A> && t.class_stride == 1; };
+    return a.classes >= kLanes && !a.probabilities.data && plain(a.logits) && plain(a.grad_logits);
+  }
+  template <Target K>
+  static void backward_short_rows(const Args& a, int64_t task) {
+    Block b;
+    locate(a, task, b);
+    alignas(64) A x_y[kMaxPixels], w_y[kMaxPixels];
+    gather_labels(a, b, x_y, w_y);
+    const A* const max = static_cast<const A*>(a.stats) + b.first;
+    const A *const log_sum = max + a.rows.count, *const mass = log_sum + a.rows.count;
+    each_vector<A>(b.n, [&](int64_t i, int64_t count) {  // label_slope, before g, in the place of x_y
+      const V w = V::loadu(w_y + i), kept = w * V(keep(a)), q = K == Target::smooth ? w * V(spread(a)) : V(A(0));
+      label_slope(V::loadu(x_y + i), load_vector(max + i, count), load_vector(log_sum + i, count), kept,
+                  load_vector(mass + i, count) - kept, q)
+          .store(x_y + i);
+    });
+    const A common = incoming(a, b.first);
+    const int64_t last = a.classes - kLanes;
+    for (int64_t i = 0; i < b.n; i++) {
+      const A* x = static_cast<const A*>(a.logits.data) + b.at_x + i * b.x_stride;
+      A* out = static_cast<A*>(a.grad_logits.data) + b.at_out + i * b.out_stride;
+      if (b.y[i] < 0) {
+        std::fill_n(out, a.classes, b.y[i] == kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN());
+        continue;
+      }
+      const A g = a.grad_stride ? incoming(a, b.first + i) : common;
+      const V max_i(max[i]), log_sum_i(log_sum[i]), mass_i(mass[i]), g_v(g);
+      const auto slopes = [&](int64_t c, V x_c) {
+        V q(A(0));
+        if constexpr (K == Target::smooth) {
+          q = V(spread(a));
+          if (a.weight) q = q * V::loadu(static_cast<const A*>(a.weight) + c);
+        }
+        return g_v * row_slope(x_c, max_i, log_sum_i, mass_i, q);
+      };
+      const V end = slopes(last, V::loadu(x + last));  // read before it may be overwritten
+      for (int64_t c = 0; c < last; c += kLanes) slopes(c, V::loadu(x + c)).store(out + c);
+      end.store(out + last);
+      out[b.y[i]] = g * x_y[i];
+    }
+  }
+
   static void forward_pixels(const Args& a, int64_t begin, int64_t end) {
     visit_target(a, [&](auto kind) {
       for (int64_t task = begin; task < end; task++) forward_block<kind.value>(a, task);
@@ -518,7 +580,8 @@ struct CrossEntropy {
   }
   static void backward_pixels(const Args& a, int64_t begin, int64_t end) {
     visit_target(a, [&](auto kind) {
-      for (int64_t task = begin; task < end; task++) backward_block<kind.value>(a, task);
+      const auto block = short_rows(a) ? backward_short_rows<kind.value> : backward_block<kind.value>;
+      for (int64_t task = begin; task < end; task++) block(a, task);
     });
   }
 
