@@ -22,7 +22,7 @@ def load():
         from ._built_for import TORCH
     except ImportError:
         raise ImportError(
-            "cece is here as source only, its compiled part is missing: pip install --no-build-isolation <cece's folder>"
+            "cece is here as source only, without its compiled part: pip install --no-build-isolation <cece's folder>"
         ) from None
     if _abi(TORCH) != _abi(torch.__version__):
         raise ImportError(f"cece was built for torch {TORCH}, and this is torch {torch.__version__}: {REBUILD}")

@@ -54,7 +54,7 @@ def cross_entropy(
             gradient must itself be differentiable, under torch.func, and under torch.compile.
 
     Returns:
-        The loss in nats, float32 (float64 if input or probabilities are): a scalar, or with ``'none'`` the samples' shape.
+        The loss in nats, float32 (float64 if input or probabilities are): a scalar, with ``'none'`` the samples' shape.
 
     Raises:
         IndexError: a label out of range, by position and value. On CUDA, which is never made to wait, such a sample's
