@@ -60,7 +60,16 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 HEADERS = [str(p) for p in ROOT.glob("csrc/**/*") if p.suffix in {".h", ".inl", ".cuh"}]
-FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-g0",
+]
 
 # ---- CPU: a row an instruction set. csrc/cpu/isa_<name>.cpp is compiled with these flags on top.
 ISAS = {"default": []}
@@ -194,7 +203,7 @@ def extension():
         include_dirs=include_dirs,
         depends=HEADERS,
         define_macros=macros,
-        extra_compile_args=[*FLAGS, "-g0"],
+        extra_compile_args=FLAGS,
         extra_link_args=link,
     )
 

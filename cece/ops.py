@@ -80,7 +80,7 @@ def _loop(op, size, dims, args):
     return tuple(torch.stack(o) for o in zip(*outs, strict=True)), (0,) * len(outs[0])
 
 
-def _fold(size, logits, target):
+def _fold(logits, target):
     """Batch and rows as rows: (B, C) and (B, N, C, d...) logits as (B * N, C, d...)."""
     soft = target.dim() == logits.dim()
     if logits.dim() == 2:
@@ -97,7 +97,7 @@ def _(info, in_dims, logits, target, weight, reduction, ignore_index, label_smoo
     logits, target = _batched(size, in_dims[0], logits), _batched(size, in_dims[1], target)
     rows = (size, *_rows(logits[0])) if size else (0,)
     soft = target.dim() == logits.dim()
-    flat_logits, flat_target = _fold(size, logits, target)
+    flat_logits, flat_target = _fold(logits, target)
     loss, stats, _ = CROSS_ENTROPY(flat_logits, flat_target, weight, NONE, ignore_index, label_smoothing)
     loss, stats = loss.reshape(rows), stats.reshape(3, *rows).movedim(1, 0)
     per_batch = loss.reshape(size, -1)
@@ -124,7 +124,7 @@ def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reductio
         grad = grad / total_weight
     if reduction != NONE:
         grad = grad.reshape(size, *(1 for _ in rows)).expand(size, *rows)
-    flat_logits, flat_target = _fold(size, logits, target)
+    flat_logits, flat_target = _fold(logits, target)
     flat_rows = (size * rows[0], *rows[1:]) if len(rows) else (size,)
     out = CROSS_ENTROPY_BACKWARD(
         grad.reshape(flat_rows),
@@ -140,7 +140,7 @@ def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reductio
     return out.reshape(logits.shape), 0
 
 
-def _batch_in_front(size, dims, *tensors):
+def _batch_in_front(dims, *tensors):
     """Operands that broadcast against each other, each with the batch in front."""
     ranks = [t.dim() - (d is not None) for t, d in zip(tensors, dims, strict=True) if t is not None]
     rank = max(ranks)
@@ -157,7 +157,7 @@ def _batch_in_front(size, dims, *tensors):
 @torch.library.register_vmap("cece::binary_cross_entropy_forward")
 def _(info, in_dims, input, target, weight, pos_weight, with_logits, reduction):
     size = info.batch_size
-    input, target, weight, pos_weight = _batch_in_front(size, in_dims[:4], input, target, weight, pos_weight)
+    input, target, weight, pos_weight = _batch_in_front(in_dims[:4], input, target, weight, pos_weight)
     input, target = input.expand(size, *input.shape[1:]), target.expand(size, *target.shape[1:])
     loss = BCE(input, target, weight, pos_weight, with_logits, NONE)
     if reduction != NONE:
@@ -169,9 +169,7 @@ def _(info, in_dims, input, target, weight, pos_weight, with_logits, reduction):
 @torch.library.register_vmap("cece::binary_cross_entropy_backward")
 def _(info, in_dims, grad, input, target, weight, pos_weight, with_logits, reduction):
     size = info.batch_size
-    grad, input, target, weight, pos_weight = _batch_in_front(
-        size, in_dims[:5], grad, input, target, weight, pos_weight
-    )
+    grad, input, target, weight, pos_weight = _batch_in_front(in_dims[:5], grad, input, target, weight, pos_weight)
     input, target = input.expand(size, *input.shape[1:]), target.expand(size, *target.shape[1:])
     if reduction == MEAN:
         grad = grad / input[0].numel()

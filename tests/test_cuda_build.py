@@ -11,18 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulation.backend import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/cuda"  # kept between runs: only what changed is compiled again
 ARCHS = ["8.0", "9.0", "10.0"]
 DTYPES = ["f64", "f32", "f16", "bf16"]
-OPERATORS = [
-    "cross_entropy_forward",
-    "cross_entropy_backward",
-    "cross_entropy_backward_",
-    "binary_cross_entropy_forward",
-    "binary_cross_entropy_backward",
-]
 
 # Registers a thread, at most, of each kernel on sm_90: with a label, with smoothing, with probabilities; 16 and 32 bit
 # and float64. 80 let 3 blocks of 256 run on a multiprocessor, 128 two; 24 KB a block are in flight with each.

@@ -227,10 +227,10 @@ struct CrossEntropy {
   }
 
   static void forward_rows(const Args& a, RowState* states, int64_t begin, int64_t end) {
-    const int64_t segments = (a.classes + kSegment - 1) / kSegment;
+    const int64_t parts = segments(a);
     visit_target(a, [&](auto kind) {
       for (int64_t task = begin; task < end; task++) {
-        const int64_t row = task / segments, c = task % segments * kSegment, y = label(a, row);
+        const int64_t row = task / parts, c = task % parts * kSegment, y = label(a, row);
         if (skip(a, row, y)) continue;
         const RowState s = read_classes<kind.value>(a, row, c, std::min(c + kSegment, a.classes));
         states ? void(states[task] = s) : finish(a, row, y, s);
@@ -239,13 +239,13 @@ struct CrossEntropy {
   }
 
   static void finish_rows(const Args& a, const RowState* states, int64_t begin, int64_t end) {
-    const int64_t segments = (a.classes + kSegment - 1) / kSegment;
+    const int64_t parts = segments(a);
     for (int64_t row = begin; row < end; row++) {
       const int64_t y = label(a, row);
       if (skip(a, row, y)) continue;
       LogSumExp<double> lse;
       TargetGaps<double> target;
-      for (const RowState* s = states + row * segments; s < states + (row + 1) * segments; s++) {
+      for (const RowState* s = states + row * parts; s < states + (row + 1) * parts; s++) {
         TargetGaps<double> part{s->gaps, s->mass};
         const double max = std::max(lse.max, s->max);
         target.rebase(lse.max, max);
@@ -333,10 +333,10 @@ struct CrossEntropy {
   }
 
   static void backward_rows(const Args& a, int64_t begin, int64_t end) {
-    const int64_t segments = (a.classes + kSegment - 1) / kSegment;
+    const int64_t parts = segments(a);
     visit_target(a, [&](auto kind) {
       for (int64_t task = begin; task < end; task++) {
-        const int64_t row = task / segments, c = task % segments * kSegment;
+        const int64_t row = task / parts, c = task % parts * kSegment;
         write_classes<kind.value>(a, row, label(a, row), c, std::min(c + kSegment, a.classes));
       }
     });

@@ -13,6 +13,8 @@ struct RowState {
 constexpr int64_t kSegment = 1 << 16;  // classes of one row that one task handles
 constexpr int64_t kChunk = 1 << 14;    // elements of an elementwise loss, or rows to be summed, that one task handles
 
+inline int64_t segments(const CrossEntropyArgs& a) { return (a.classes + kSegment - 1) / kSegment; }
+
 // Rows side by side when a row's classes are few or far apart, else one row at a time.
 inline bool side_by_side(const CrossEntropyArgs& a) {
   const int64_t pixel_stride = a.rows.dims ? a.logits.stride[a.rows.dims - 1] : 0;

@@ -77,8 +77,6 @@ void visit_acc(at::ScalarType acc, F&& f) {  // f(kernels of cross-entropy, kern
 
 // ---- cross-entropy
 
-int64_t segments(const CrossEntropyArgs& a) { return ceil_div(a.classes, kSegment); }
-
 int64_t pixel_tasks(const CrossEntropyArgs& a) {
   const int64_t inner = a.rows.dims ? a.rows.size[a.rows.dims - 1] : 1;
   return inner ? a.rows.count / inner * ceil_div(inner, pixels_per_task(a)) : 0;
