@@ -183,7 +183,7 @@ class Build(BuildExtension):
 
 
 def extension():
-    sources = ["csrc/ops.cpp", "csrc/autograd.cpp", "csrc/module.cpp", "csrc/cpu/ops.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/meta.cpp", "csrc/autograd.cpp", "csrc/module.cpp", "csrc/cpu/ops.cpp"]
     include_dirs, link = [], []
     if CUDA_HOME:
         sources.append("csrc/cuda/ops.cpp")

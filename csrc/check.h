@@ -1,12 +1,18 @@
-// Tensors -> args: every check of an argument, once, for both backends. A message says which argument, what it
+// Tensors -> args: every check of an argument, once, for every backend. A message says which argument, what it
 // must be and what it got; where torch has words for the same mistake they are in it.
+//
+// What can be said of shapes and dtypes alone (check_*_shapes) is said in symbolic sizes, so that tracing (meta.cpp)
+// refuses what a call with data would, in the same words.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
+#include <c10/core/SymIntArrayRef.h>
 
 #include <array>
+#include <cstdio>
+#include <cstdlib>
 #include <optional>
 
 #include "args.h"
@@ -53,6 +59,25 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
               ", got ", t.device());
 }
 
+// A number in as many digits as tell it from its neighbours: 1.0000001 is not 1.
+template <class A>
+inline std::string digits(A x) {
+  char text[32];
+  for (int n = 6; n <= std::numeric_limits<A>::max_digits10; n++) {
+    std::snprintf(text, sizeof text, "%.*g", n, double(x));
+    if (A(std::strtod(text, nullptr)) == x) break;
+  }
+  return text;
+}
+
+// Whether sizes agree. Where they are not known yet, tracing takes it that they do, and checks when they are.
+inline bool same(const c10::SymInt& a, const c10::SymInt& b) { return a.sym_eq(b).expect_true(__FILE__, __LINE__); }
+inline bool same(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
+  bool all = a.size() == b.size();
+  for (size_t i = 0; all && i < a.size(); i++) all = same(a[i], b[i]);
+  return all;
+}
+
 // The type sums are formed in and losses returned in: at least float32.
 inline at::ScalarType acc_type(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors) {
@@ -68,11 +93,11 @@ struct Strided {  // a tensor to be walked together with others
   Operand* operand;
 };
 
-// Never null, not even where there are no elements: null means absent.
-inline void* data_of(const Tensor& t) {
-  static char nothing;
-  return t.numel() ? const_cast<void*>(t.const_data_ptr()) : &nothing;
-}
+// Never null, not even where there are no elements: null means absent. What is written to is asked for first: memory
+// that is shared until then (copy on write) becomes the tensor's own, elsewhere.
+inline char nothing;
+inline void* data_of(const Tensor& t) { return t.numel() ? const_cast<void*>(t.const_data_ptr()) : &nothing; }
+inline void* room_of(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : &nothing; }
 
 // Dimensions `dims` of the tensors, which agree in size, merged where all their strides allow it.
 // False where more than kMaxDims remain.
@@ -113,75 +138,115 @@ inline Tensor contiguous_as(const Tensor& t, at::ScalarType type) {
 
 // ---- cross-entropy
 
+struct CrossEntropyShapes {
+  int64_t class_dim;
+  bool soft;  // target is probabilities
+  at::ScalarType acc;
+  c10::SymDimVector rows;  // the sizes of a sample's loss
+};
+
+inline CrossEntropyShapes check_cross_entropy_shapes(const Tensor& logits, const Tensor& target,
+                                                     const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                     double label_smoothing) {
+  constexpr const char* op = "cross_entropy";
+  check_float(op, "input", logits);
+  TORCH_CHECK(logits.dim() >= 1, "cece.cross_entropy: input must have shape (C), (N, C) or (N, C, d1, ...), got ",
+              logits.sym_sizes());
+  check_device(op, "target", target, logits);
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "cece.cross_entropy: label_smoothing must be between 0.0 and 1.0, got ", digits(label_smoothing));
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2,
+                    "cece.cross_entropy: reduction must be 'none', 'mean' or 'sum', got number ", reduction);
+  const auto x_sizes = logits.sym_sizes(), t_sizes = target.sym_sizes();
+  CrossEntropyShapes s;
+  s.class_dim = logits.dim() == 1 ? 0 : 1;
+  for (int64_t d = 0; d < logits.dim(); d++) {
+    if (d != s.class_dim) s.rows.push_back(x_sizes[d]);
+  }
+  const auto type = target.scalar_type();
+  s.soft = same(t_sizes, x_sizes);
+  if (s.soft) {
+    TORCH_CHECK(at::isFloatingType(type) && dtype_of(target),
+                "cece.cross_entropy: Expected floating point type for target with class probabilities (a target "
+                "of input's shape), got ",
+                type);
+    TORCH_CHECK(ignore_index < 0, "cece.cross_entropy: ignore_index is not supported for floating point target, got ",
+                ignore_index);
+  } else {
+    const bool shape_fits = same(t_sizes, s.rows);
+    if (shape_fits || !at::isFloatingType(type)) {
+      TORCH_CHECK(at::isIntegralType(type, /*includeBool=*/false) && dtype_of(target),
+                  "cece.cross_entropy: expected target dtype to be Long or Byte (or Int) or another integer for "
+                  "class indices, got ",
+                  type);
+    }
+    TORCH_CHECK_VALUE(logits.dim() == 1 ? target.dim() == 0 : target.dim() > 0 && same(t_sizes[0], x_sizes[0]),
+                      "cece.cross_entropy: Expected input batch_size (",
+                      logits.dim() == 1 ? "none" : c10::str(x_sizes[0]), ") to match target batch_size (",
+                      target.dim() ? c10::str(t_sizes[0]) : "none", "): input is ", x_sizes,
+                      ", so class indices must have shape ", c10::SymIntArrayRef(s.rows), " and probabilities shape ",
+                      x_sizes, "; got ", t_sizes);
+    TORCH_CHECK(shape_fits, "cece.cross_entropy: Expected target size ", c10::SymIntArrayRef(s.rows),
+                " for class indices or ", x_sizes, " for probabilities, got ", t_sizes);
+  }
+  if (present(weight)) {
+    check_device(op, "weight", *weight, logits);
+    check_float(op, "weight", *weight);
+    TORCH_CHECK(weight->dim() == 1 && same(weight->sym_size(0), x_sizes[s.class_dim]),
+                "cece.cross_entropy: weight tensor should be defined either for all ", x_sizes[s.class_dim],
+                " classes or no classes, but got weight tensor of shape ", weight->sym_sizes());
+  }
+  s.acc = acc_type({&logits, s.soft ? &target : nullptr});
+  return s;
+}
+
+struct CrossEntropyOutputs {
+  Tensor loss, stats, total_weight, row_losses;
+};
+inline CrossEntropyOutputs allocate_outputs(const CrossEntropyShapes& s, const Tensor& logits, int64_t reduction) {
+  const auto options = logits.options().dtype(s.acc);
+  c10::SymDimVector stats_sizes{3};
+  stats_sizes.append(s.rows.begin(), s.rows.end());
+  const bool reduced = Reduction(reduction) != Reduction::none;
+  CrossEntropyOutputs out;
+  out.stats = at::empty_symint(stats_sizes, options);
+  out.total_weight = reduced ? at::empty({}, options) : at::ones({}, options);  // 1: nothing is divided
+  out.row_losses = at::empty_symint(s.rows, options);
+  out.loss = reduced ? at::empty({}, options) : out.row_losses;
+  return out;
+}
+
+// empty_like, but contiguous where `like` may have more dimensions than a kernel takes: merge_dims can then merge all.
+inline Tensor gradient_like(const Tensor& like, std::optional<c10::Device> device = std::nullopt) {
+  const auto options = like.options().device(device.value_or(like.device()));
+  return like.dim() > kMaxDims ? at::empty_symint(like.sym_sizes(), options) : at::empty_like(like, options);
+}
+
 struct CrossEntropyCall {
   CrossEntropyArgs args{};
   Tensor logits, target, weight;  // as the args point at them
-  at::ScalarType acc;
-  std::vector<int64_t> row_sizes;
+  CrossEntropyShapes shapes;
 };
 
 inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                                             int64_t reduction, int64_t ignore_index, double label_smoothing,
                                             const Tensor* grad_logits = nullptr) {
-  constexpr const char* op = "cross_entropy";
-  check_float(op, "input", logits);
-  TORCH_CHECK(logits.dim() >= 1, "cece.cross_entropy: input must have shape (C), (N, C) or (N, C, d1, ...), got ",
-              logits.sizes());
-  check_device(op, "target", target, logits);
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
-              "cece.cross_entropy: label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
-  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2,
-                    "cece.cross_entropy: reduction must be 'none', 'mean' or 'sum', got number ", reduction);
-  const int64_t class_dim = logits.dim() == 1 ? 0 : 1, classes = logits.size(class_dim);
-  std::vector<int64_t> row_dims, row_sizes;
-  for (int64_t d = 0; d < logits.dim(); d++) {
-    if (d == class_dim) continue;
-    row_dims.push_back(d);
-    row_sizes.push_back(logits.size(d));
-  }
-
-  const bool soft = target.sizes() == logits.sizes();
-  if (soft) {
-    TORCH_CHECK(at::isFloatingType(target.scalar_type()) && dtype_of(target),
-                "cece.cross_entropy: Expected floating point type for target with class probabilities (a target "
-                "of input's shape), got ",
-                target.scalar_type());
-    TORCH_CHECK(ignore_index < 0, "cece.cross_entropy: ignore_index is not supported for floating point target, got ",
-                ignore_index);
-  } else {
-    const bool shape_fits = target.sizes() == at::IntArrayRef(row_sizes);
-    const auto type = target.scalar_type();
-    if (shape_fits || !at::isFloatingType(type)) {
-      TORCH_CHECK(type == at::kLong || type == at::kInt || type == at::kByte,
-                  "cece.cross_entropy: expected target dtype to be Long or Byte (or Int) for class indices, got ",
-                  type);
-    }
-    TORCH_CHECK_VALUE(logits.dim() == 1 ? target.dim() == 0 : target.dim() > 0 && target.size(0) == logits.size(0),
-                      "cece.cross_entropy: Expected input batch_size (",
-                      logits.dim() == 1 ? "none" : std::to_string(logits.size(0)), ") to match target batch_size (",
-                      target.dim() ? std::to_string(target.size(0)) : "none", "): input is ", logits.sizes(),
-                      ", so class indices must have shape ", at::IntArrayRef(row_sizes), " and probabilities shape ",
-                      logits.sizes(), "; got ", target.sizes());
-    TORCH_CHECK(shape_fits, "cece.cross_entropy: Expected target size ", at::IntArrayRef(row_sizes),
-                " for class indices or ", logits.sizes(), " for probabilities, got ", target.sizes());
-  }
-
   CrossEntropyCall call;
-  call.acc = acc_type({&logits, soft ? &target : nullptr});
-  call.row_sizes = std::move(row_sizes);
+  call.shapes = check_cross_entropy_shapes(logits, target, weight, reduction, ignore_index, label_smoothing);
+  const int64_t class_dim = call.shapes.class_dim;
+  const bool soft = call.shapes.soft;
   CrossEntropyArgs& a = call.args;
-  a.classes = classes;
+  a.classes = logits.size(class_dim);
   a.ignore_index = ignore_index;
   a.label_smoothing = label_smoothing;
   a.reduction = Reduction(reduction);
   if (present(weight)) {
-    check_device(op, "weight", *weight, logits);
-    check_float(op, "weight", *weight);
-    TORCH_CHECK(weight->dim() == 1 && weight->size(0) == classes,
-                "cece.cross_entropy: weight tensor should be defined either for all ", classes,
-                " classes or no classes, but got weight tensor of shape ", weight->sizes());
-    call.weight = contiguous_as(*weight, call.acc);
+    call.weight = contiguous_as(*weight, call.shapes.acc);
     a.weight = call.weight.const_data_ptr();
+  }
+  std::vector<int64_t> row_dims;
+  for (int64_t d = 0; d < logits.dim(); d++) {
+    if (d != class_dim) row_dims.push_back(d);
   }
   call.logits = logits;
   call.target = soft ? target : contiguous_as(target, target.scalar_type());
@@ -197,15 +262,15 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
     call.target = call.target.contiguous();
     merge();
   }
-  const auto fill = [&](Operand& o, const Tensor& t) {
-    o.data = data_of(t);
+  const auto fill = [&](Operand& o, void* data, const Tensor& t) {
+    o.data = data;
     o.dtype = *dtype_of(t);
     o.class_stride = t.stride(class_dim);
   };
-  fill(a.logits, call.logits);
-  if (grad_logits) fill(a.grad_logits, *grad_logits);
+  if (grad_logits) fill(a.grad_logits, room_of(*grad_logits), *grad_logits);
+  fill(a.logits, data_of(call.logits), call.logits);
   if (soft) {
-    fill(a.probabilities, call.target);
+    fill(a.probabilities, data_of(call.target), call.target);
   } else {
     a.labels = call.target.const_data_ptr();
     a.label_dtype = *dtype_of(call.target);
@@ -213,25 +278,9 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
   return call;
 }
 
-// empty_like, but contiguous where `like` may have more dimensions than a kernel takes: merge_dims can then merge all.
-inline Tensor gradient_like(const Tensor& like) {
-  return like.dim() > kMaxDims ? at::empty(like.sizes(), like.options()) : at::empty_like(like);
-}
-
-struct CrossEntropyOutputs {
-  Tensor loss, stats, total_weight, row_losses;
-};
 inline CrossEntropyOutputs allocate_outputs(CrossEntropyCall& call) {
-  const auto options = call.logits.options().dtype(call.acc);
   CrossEntropyArgs& a = call.args;
-  std::vector<int64_t> stats_sizes{3};
-  stats_sizes.insert(stats_sizes.end(), call.row_sizes.begin(), call.row_sizes.end());
-  CrossEntropyOutputs out;
-  out.stats = at::empty(stats_sizes, options);
-  const bool reduced = a.reduction != Reduction::none;
-  out.total_weight = reduced ? at::empty({}, options) : at::ones({}, options);  // 1: nothing is divided
-  out.row_losses = at::empty(call.row_sizes, options);
-  out.loss = reduced ? at::empty({}, options) : out.row_losses;
+  const CrossEntropyOutputs out = allocate_outputs(call.shapes, call.logits, int64_t(a.reduction));
   a.stats = out.stats.mutable_data_ptr();
   a.loss = out.row_losses.mutable_data_ptr();
   a.total_weight = out.total_weight.mutable_data_ptr();
@@ -239,29 +288,80 @@ inline CrossEntropyOutputs allocate_outputs(CrossEntropyCall& call) {
   return out;
 }
 
-// What a backward is given beside the forward's inputs; returns the tensors that must stay alive.
+// What a backward is given beside the forward's inputs.
+inline void check_saved_shapes(const CrossEntropyShapes& s, const Tensor& logits, const Tensor& grad,
+                               const Tensor& stats, const Tensor& total_weight, int64_t reduction) {
+  const bool none = Reduction(reduction) == Reduction::none;
+  TORCH_CHECK(none ? same(grad.sym_sizes(), s.rows) : grad.dim() == 0,
+              "cece.cross_entropy_backward: grad must have the shape of the loss, got ", grad.sym_sizes());
+  TORCH_CHECK(stats.dim() > 0 && same(stats.sym_sizes().slice(1), s.rows) && total_weight.dim() == 0,
+              "cece.cross_entropy_backward: stats and total_weight must be the forward's, got shapes ",
+              stats.sym_sizes(), " and ", total_weight.sym_sizes());
+  for (const Tensor* t : {&grad, &stats, &total_weight}) check_device("cross_entropy_backward", "grad", *t, logits);
+}
+// Returns the tensors that must stay alive.
 inline std::array<Tensor, 3> check_saved(CrossEntropyCall& call, const Tensor& grad, const Tensor& stats,
                                          const Tensor& total_weight) {
   CrossEntropyArgs& a = call.args;
-  const bool none = a.reduction == Reduction::none;
-  TORCH_CHECK(none ? grad.sizes() == at::IntArrayRef(call.row_sizes) : grad.dim() == 0,
-              "cece.cross_entropy_backward: grad must have the shape of the loss, got ", grad.sizes());
-  TORCH_CHECK(stats.numel() == 3 * a.rows.count && total_weight.numel() == 1,
-              "cece.cross_entropy_backward: stats and total_weight must be the forward's, got shapes ", stats.sizes(),
-              " and ", total_weight.sizes());
-  for (const Tensor* t : {&grad, &stats, &total_weight})
-    check_device("cross_entropy_backward", "grad", *t, call.logits);
+  check_saved_shapes(call.shapes, call.logits, grad, stats, total_weight, int64_t(a.reduction));
   std::array<Tensor, 3> held;
   int i = 0;
-  for (const Tensor* t : {&grad, &stats, &total_weight}) held[i++] = contiguous_as(*t, call.acc);
+  for (const Tensor* t : {&grad, &stats, &total_weight}) held[i++] = contiguous_as(*t, call.shapes.acc);
   a.grad_loss = held[0].const_data_ptr();
-  a.grad_stride = none ? 1 : 0;
+  a.grad_stride = a.reduction == Reduction::none ? 1 : 0;
   a.stats = data_of(held[1]);
   a.total_weight = data_of(held[2]);
   return held;
 }
 
 // ---- binary cross-entropy
+
+inline const char* name_of(bool with_logits) {
+  return with_logits ? "binary_cross_entropy_with_logits" : "binary_cross_entropy";
+}
+
+// Returns the type sums are formed in. grad_loss: null for a forward.
+inline at::ScalarType check_binary_cross_entropy_shapes(const Tensor& input, const Tensor& target,
+                                                        const MaybeTensor& weight, const MaybeTensor& pos_weight,
+                                                        bool with_logits, int64_t reduction,
+                                                        const Tensor* grad_loss = nullptr) {
+  const char* op = name_of(with_logits);
+  const auto sizes = input.sym_sizes();
+  check_float(op, "input", input);
+  check_device(op, "target", target, input);
+  TORCH_CHECK(dtype_of(target), "cece.", op, ": target must be a float, integer or bool tensor, got ",
+              target.scalar_type());
+  TORCH_CHECK_VALUE(same(target.sym_sizes(), sizes), "cece.", op, ": Target size (", target.sym_sizes(),
+                    ") must be the same as input size (", sizes, ")");
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2, "cece.", op,
+                    ": reduction must be 'none', 'mean' or 'sum', got number ", reduction);
+  const auto check_factor = [&](const char* name, const MaybeTensor& t) {
+    if (!present(t)) return;
+    check_device(op, name, *t, input);
+    check_float(op, name, *t);
+    bool fits = t->dim() <= input.dim();
+    for (int64_t d = 1; fits && d <= t->dim(); d++) {
+      const auto size = t->sym_size(-d);
+      fits = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) || same(size, sizes[input.dim() - d]);
+    }
+    TORCH_CHECK(fits, "cece.", op, ": ", name, " must be broadcastable to input's shape ", sizes, ", got ",
+                t->sym_sizes());
+  };
+  check_factor("weight", weight);
+  check_factor("pos_weight", pos_weight);
+  if (grad_loss) {
+    const bool none = Reduction(reduction) == Reduction::none;
+    TORCH_CHECK(none ? same(grad_loss->sym_sizes(), sizes) : grad_loss->dim() == 0, "cece.", op,
+                "_backward: grad must have the shape of the loss, got ", grad_loss->sym_sizes());
+    check_device(op, "grad", *grad_loss, input);
+  }
+  return acc_type({&input, &target, present(weight) ? &*weight : nullptr});
+}
+inline Tensor allocate_loss(const Tensor& input, at::ScalarType acc, int64_t reduction) {
+  const auto options = input.options().dtype(acc);
+  return Reduction(reduction) == Reduction::none ? at::empty_symint(input.sym_sizes(), options)
+                                                 : at::empty({}, options);
+}
 
 struct BinaryCrossEntropyCall {
   BinaryCrossEntropyArgs args{};
@@ -274,43 +374,18 @@ inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, co
                                                          bool with_logits, int64_t reduction,
                                                          const Tensor* grad_loss = nullptr,
                                                          const Tensor* grad_input = nullptr) {
-  const char* op = with_logits ? "binary_cross_entropy_with_logits" : "binary_cross_entropy";
-  check_float(op, "input", input);
-  check_device(op, "target", target, input);
-  TORCH_CHECK(dtype_of(target), "cece.", op, ": target must be a float, integer or bool tensor, got ",
-              target.scalar_type());
-  TORCH_CHECK_VALUE(target.sizes() == input.sizes(), "cece.", op, ": Target size (", target.sizes(),
-                    ") must be the same as input size (", input.sizes(), ")");
-  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2, "cece.", op,
-                    ": reduction must be 'none', 'mean' or 'sum', got number ", reduction);
-
   BinaryCrossEntropyCall call;
+  call.acc = check_binary_cross_entropy_shapes(input, target, weight, pos_weight, with_logits, reduction, grad_loss);
   call.held[0] = input;
   call.held[1] = target;
-  const auto broadcast = [&](const char* name, const MaybeTensor& t) {
-    if (!present(t)) return Tensor();
-    check_device(op, name, *t, input);
-    check_float(op, name, *t);
-    bool fits = t->dim() <= input.dim();
-    for (int64_t d = 1; fits && d <= t->dim(); d++) {
-      fits = t->size(-d) == input.size(-d) || t->size(-d) == 1;
-    }
-    TORCH_CHECK(fits, "cece.", op, ": ", name, " must be broadcastable to input's shape ", input.sizes(), ", got ",
-                t->sizes());
-    return t->expand(input.sizes());
-  };
-  call.held[2] = broadcast("weight", weight);
-  call.held[3] = broadcast("pos_weight", pos_weight);
-  call.acc = acc_type({&input, &target, present(weight) ? &*weight : nullptr});
+  if (present(weight)) call.held[2] = weight->expand(input.sizes());
+  if (present(pos_weight)) call.held[3] = pos_weight->expand(input.sizes());
 
   BinaryCrossEntropyArgs& a = call.args;
   a.with_logits = with_logits;
   a.reduction = Reduction(reduction);
   const bool none = a.reduction == Reduction::none;
   if (grad_loss) {
-    TORCH_CHECK(none ? grad_loss->sizes() == input.sizes() : grad_loss->dim() == 0, "cece.", op,
-                "_backward: grad must have the shape of the loss, got ", grad_loss->sizes());
-    check_device(op, "grad", *grad_loss, input);
     call.held[4] = grad_loss->scalar_type() == call.acc ? *grad_loss : grad_loss->to(call.acc);
     if (!none) a.grad_loss.data = data_of(call.held[4]);
   }
@@ -327,7 +402,8 @@ inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, co
     return merge_dims(input.sizes(), dims, all, a.shape);
   };
   if (!merge()) {
-    TORCH_CHECK(!grad_input || grad_input->is_contiguous(), "cece.", op, ": input has too many dimensions");
+    TORCH_CHECK(!grad_input || grad_input->is_contiguous(), "cece.", name_of(with_logits),
+                ": input has too many dimensions");
     for (Tensor& t : call.held) {
       if (t.defined() && t.dim() == input.dim()) t = t.contiguous();
     }
@@ -335,7 +411,7 @@ inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, co
   }
   for (int i = 0; i < 6; i++) {
     if (!call.held[i].defined() || (i == 4 && !none)) continue;
-    operands[i]->data = data_of(call.held[i]);
+    operands[i]->data = i == 5 ? room_of(call.held[i]) : data_of(call.held[i]);
     operands[i]->dtype = *dtype_of(call.held[i]);
   }
   return call;

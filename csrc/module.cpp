@@ -1,8 +1,8 @@
 // cece._C: what was built, and for what. Nothing numeric: the operators are in torch.ops.cece.
+#include "module.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include "build_info.h"
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
     d["compiler"] = info.compiler;
     return d;
   });
+  m.def("empty_cache", &cece::empty_cache);
 }

@@ -9,8 +9,10 @@
 //   binary         p = sigmoid(x), one target y:       loss = -y log p - (1 - y) log(1 - p)
 //   multi-label    the binary loss, once for every class
 //
-// All losses are arranged as sums of non-negative terms, so that nothing cancels: a loss of 1e-20 is right to
-// its last bits. Where a factor is 0 its term is 0, also beside an infinity or a NaN (`times`).
+// All losses are arranged as sums of non-negative terms, so that nothing cancels: of a loss of 1e-20 all bits are right
+// that the logits' differences have. (A difference d is rounded once, which moves e^d by |d| 2^-24 of itself: 23 units
+// of the last place at 1e-20, none where the difference is exact.) Where a factor is 0 its term is 0, also beside an
+// infinity (`times`); a loss that is NaN stays NaN, whatever its factor, as its gradient does.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -191,10 +193,14 @@ struct TargetGaps {
   CECE_HD void rebase(T old_max, T max) { gaps = gaps + times(mass, gap(old_max, max)); }
 };
 
-// The loss of a row from its parts: `kept` is the label's own mass (0 for probability targets).
+// The loss of a row from its parts: `kept` is the label's own mass (0 for probability targets). A row that is no
+// distribution (a NaN, two infinities, nothing but -inf) has a log_sum of NaN or -inf; its gradient is NaN and so is
+// its loss, also where all masses are 0.
 template <class T>
 CECE_HD T row_loss(T kept, T label_logit, TargetGaps<T> rest, T max, T log_sum) {
-  return times(kept, negative_log_probability(label_logit, max, log_sum)) + rest.gaps + times(rest.mass, log_sum);
+  const T loss =
+      times(kept, negative_log_probability(label_logit, max, log_sum)) + rest.gaps + times(rest.mass, log_sum);
+  return select(greater(log_sum, T(-1)), loss, T(std::numeric_limits<typename LaneOf<T>::type>::quiet_NaN()));
 }
 
 // dloss/dx_j = p_j mass - q_j, for a class that is not the label or any class of a probability target.
@@ -210,6 +216,12 @@ CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {
 }
 
 // --------------------------------------------------------------------------------- binary cross-entropy
+
+// An element's loss times its weight: 0 where the weight is, also of an infinite loss, but not of a NaN.
+template <class T>
+CECE_HD T weighted(T weight, T loss) {
+  return select(equal(loss, loss), times(weight, loss), loss);
+}
 
 // On logits: (1 - y) softplus(x) + p y softplus(-x), with softplus(x) = max(x, 0) + log1p(e^{-|x|}) and p the
 // pos_weight. Of max(x, 0) and max(-x, 0) one is 0 and the other |x|. The textbook's

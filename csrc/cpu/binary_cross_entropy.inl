@@ -81,9 +81,8 @@ struct BinaryCrossEntropyOf {
   }
 
   template <class Loss>
-  static void forward_chunk(const Args& a, int64_t task) {
+  static void forward_chunk(const Args& a, Buffers& b, int64_t task) {
     constexpr int64_t kSum = 8 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
-    Buffers b;
     double total = 0;
     const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
     for (int64_t begin = task * kChunk, n; begin < end; begin += n) {
@@ -96,7 +95,7 @@ struct BinaryCrossEntropyOf {
         each_vector_in_turn<A, 4>(std::min(kSum, n - from), [&](int64_t offset, int64_t count, int turn) {
           const int64_t i = from + offset;
           V loss = Loss::loss(load_vector(in.x + i, count), load_vector(in.y + i, count), optional(in.p, i, count));
-          if (in.w) loss = loss * load_vector(in.w + i, count);
+          if (in.w) loss = weighted(load_vector(in.w + i, count), loss);
           if (out) {
             store_vector(out + i, loss, count);
           } else {
@@ -110,8 +109,7 @@ struct BinaryCrossEntropyOf {
   }
 
   template <class Loss>
-  static void backward_chunk(const Args& a, int64_t task) {
-    Buffers b;
+  static void backward_chunk(const Args& a, Buffers& b, int64_t task) {
     const A scale = a.reduction == Reduction::mean ? A(1) / A(a.shape.count) : A(1);
     const int64_t out_stride = inner_stride(a.shape, a.grad_input);
     const bool stream = worth_streaming(a.input.data, a.grad_input, a.shape.count);
@@ -141,14 +139,14 @@ struct BinaryCrossEntropyOf {
   static void visit_loss(const Args& a, F&& f) {
     a.with_logits ? f(BinaryCrossEntropyWithLogits{}) : f(BinaryCrossEntropy{});
   }
-  static void forward(const Args& a, int64_t begin, int64_t end) {
+  static void forward(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
     visit_loss(a, [&](auto loss) {
-      for (int64_t task = begin; task < end; task++) forward_chunk<decltype(loss)>(a, task);
+      for (int64_t task = begin; task < end; task++) forward_chunk<decltype(loss)>(a, as<Buffers>(scratch), task);
     });
   }
-  static void backward(const Args& a, int64_t begin, int64_t end) {
+  static void backward(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
     visit_loss(a, [&](auto loss) {
-      for (int64_t task = begin; task < end; task++) backward_chunk<decltype(loss)>(a, task);
+      for (int64_t task = begin; task < end; task++) backward_chunk<decltype(loss)>(a, as<Buffers>(scratch), task);
     });
     end_streaming();
   }

@@ -3,6 +3,7 @@
 // Acc, else into its own buffer.
 #pragma once
 #include "../args.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace cece::cpu {
@@ -12,6 +13,12 @@ using c10::BFloat16;
 using c10::Half;
 
 constexpr int64_t kBlock = 1024;  // elements of a buffer: a few of them stay in a 32 KiB L1
+
+template <class T>
+inline T& as(Scratch& scratch) {
+  static_assert(sizeof(T) <= sizeof(Scratch) && alignof(T) <= alignof(Scratch) && std::is_trivial_v<T>);
+  return reinterpret_cast<T&>(scratch);
+}
 
 template <class S>
 struct Type {

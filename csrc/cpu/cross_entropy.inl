@@ -45,16 +45,10 @@ struct CrossEntropy {
         classes += possible & !ignored;
       }
     };
-    switch (a.label_dtype) {
-      case Dtype::u8:
-        read(static_cast<const uint8_t*>(a.labels));
-        break;
-      case Dtype::i32:
-        read(static_cast<const int32_t*>(a.labels));
-        break;
-      default:
-        read(static_cast<const int64_t*>(a.labels));
-    }
+    visit(a.label_dtype, [&](auto type) {
+      using S = typename decltype(type)::type;
+      if constexpr (std::is_integral_v<S>) read(static_cast<const S*>(a.labels));
+    });
     return classes == n;
   }
   static int64_t label(const Args& a, int64_t row) {
@@ -147,7 +141,8 @@ struct CrossEntropy {
   }
 
   // Adds a block's masses and gaps. While the maximum is finite a gap is a difference, and where every class has the
-  // same mass it is left out until the end.
+  // same mass it is left out until the end; the gaps are then added up in small units, since two of float's largest
+  // would be infinite.
   template <Target K>
   static void add_gaps(TargetGaps<double>& s, const A* x, int64_t n, A max, const Masses<K>& q) {
     if (!(max <= std::numeric_limits<A>::max())) {
@@ -155,32 +150,36 @@ struct CrossEntropy {
       return;
     }
     const bool even = K == Target::smooth && !q.w;
-    const V m(max), zero(A(0));
+    constexpr A kUnit = A(1) / (4 * kBlock);
+    const V m(even ? max * kUnit : max), minus_unit(even ? -kUnit : A(-1)), zero(A(0));
     V gaps[2] = {zero, zero}, mass[2] = {zero, zero};
     each_vector_in_turn<A, 2>(n, [&](int64_t i, int64_t count, int turn) {
-      V gap = m - load_vector(x + i, count);
+      V gap = at::vec::fmadd(load_vector(x + i, count), minus_unit, m);
       V q_i = even ? V(A(1)) : q.at(i, count);
       if (!even) gap = times(q_i, gap);
       if (count < kLanes) gap = first_lanes(gap, count), q_i = first_lanes(q_i, count);
       gaps[turn] = gaps[turn] + gap;
       mass[turn] = mass[turn] + q_i;
     });
-    const double unit = even ? q.spread : A(1);
-    s.gaps += unit * sum_lanes(gaps[0] + gaps[1]);
-    s.mass += unit * sum_lanes(mass[0] + mass[1]);
+    const double each = even ? q.spread : A(1);
+    s.gaps += each / (even ? kUnit : A(1)) * sum_lanes(gaps[0] + gaps[1]);
+    s.mass += each * sum_lanes(mass[0] + mass[1]);
   }
 
+  struct RowBuffers {
+    alignas(64) A x[kBlock], t[kBlock], out[kBlock];
+  };
+
   template <Target K>
-  static RowState read_classes(const Args& a, int64_t row, int64_t begin, int64_t end) {
+  static RowState read_classes(const Args& a, RowBuffers& buffer, int64_t row, int64_t begin, int64_t end) {
     const int64_t at_x = offset_of(a.rows, a.logits, row), stride = a.logits.class_stride;
     const int64_t at_t = K == Target::soft ? offset_of(a.rows, a.probabilities, row) : 0;
-    alignas(64) A x_buffer[kBlock], t_buffer[kBlock];
     LogSumExp<double> lse;
     lse.max = lowest<A>();
     TargetGaps<double> target;
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c);
-      const A* x = load(a.logits, at_x + c * stride, stride, n, x_buffer);
+      const A* x = load(a.logits, at_x + c * stride, stride, n, buffer.x);
       const A max = block_max(x, n);
       const int64_t element_size = stride * size_of(a.logits.dtype);
       const char* ahead = static_cast<const char*>(a.logits.data) + (at_x + (c + n) * stride) * size_of(a.logits.dtype);
@@ -192,7 +191,7 @@ struct CrossEntropy {
         lse.rest += sum_exp(x, n, A(lse.max), n, ahead, element_size);
       }
       if constexpr (K != Target::hard) {
-        add_gaps(target, x, n, A(lse.max), masses<K>(a, at_t, c, n, t_buffer));
+        add_gaps(target, x, n, A(lse.max), masses<K>(a, at_t, c, n, buffer.t));
       }
     }
     return {lse.max, lse.rest, target.gaps, target.mass};
@@ -226,13 +225,14 @@ struct CrossEntropy {
     return true;
   }
 
-  static void forward_rows(const Args& a, RowState* states, int64_t begin, int64_t end) {
+  static void forward_rows(const Args& a, Scratch& scratch, RowState* states, int64_t begin, int64_t end) {
     const int64_t parts = segments(a);
     visit_target(a, [&](auto kind) {
       for (int64_t task = begin; task < end; task++) {
         const int64_t row = task / parts, c = task % parts * kSegment, y = label(a, row);
         if (skip(a, row, y)) continue;
-        const RowState s = read_classes<kind.value>(a, row, c, std::min(c + kSegment, a.classes));
+        const int64_t last = std::min(c + kSegment, a.classes);
+        const RowState s = read_classes<kind.value>(a, as<RowBuffers>(scratch), row, c, last);
         states ? void(states[task] = s) : finish(a, row, y, s);
       }
     });
@@ -309,35 +309,35 @@ struct CrossEntropy {
   }
 
   template <Target K>
-  static void write_classes(const Args& a, int64_t row, int64_t y, int64_t begin, int64_t end) {
+  static void write_classes(const Args& a, RowBuffers& buffer, int64_t row, int64_t y, int64_t begin, int64_t end) {
     const Operand& out = a.grad_logits;
     const int64_t at_x = offset_of(a.rows, a.logits, row), stride = a.logits.class_stride;
     const int64_t at_t = K == Target::soft ? offset_of(a.rows, a.probabilities, row) : 0;
     const int64_t at_out = offset_of(a.rows, out, row);
-    alignas(64) A x_buffer[kBlock], t_buffer[kBlock], out_buffer[kBlock];
     const RowGrad r = row_grad(a, row);
     const bool stream = worth_streaming(a.logits.data, out, a.rows.count * a.classes);
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c), at = at_out + c * out.class_stride;
-      A* slopes = room(out, at, out.class_stride, out_buffer);
+      A* slopes = room(out, at, out.class_stride, buffer.out);
       if (K != Target::soft && y < 0) {
         std::fill_n(slopes, n, y == kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN());
       } else {
-        const A* x = load(a.logits, at_x + c * stride, stride, n, x_buffer);
+        const A* x = load(a.logits, at_x + c * stride, stride, n, buffer.x);
         const int64_t own = y >= c && y < c + n ? y - c : n;
-        write_block(slopes, x, n, r, masses<K>(a, at_t, c, n, t_buffer), own,
-                    own < n ? slope_at_label(a, r, y, x[own]) : A(0), stream && slopes != out_buffer);
+        write_block(slopes, x, n, r, masses<K>(a, at_t, c, n, buffer.t), own,
+                    own < n ? slope_at_label(a, r, y, x[own]) : A(0), stream && slopes != buffer.out);
       }
       store(out, at, out.class_stride, n, slopes);
     }
   }
 
-  static void backward_rows(const Args& a, int64_t begin, int64_t end) {
+  static void backward_rows(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
     const int64_t parts = segments(a);
     visit_target(a, [&](auto kind) {
       for (int64_t task = begin; task < end; task++) {
         const int64_t row = task / parts, c = task % parts * kSegment;
-        write_classes<kind.value>(a, row, label(a, row), c, std::min(c + kSegment, a.classes));
+        const int64_t last = std::min(c + kSegment, a.classes);
+        write_classes<kind.value>(a, as<RowBuffers>(scratch), row, label(a, row), c, last);
       }
     });
     end_streaming();
@@ -423,22 +423,29 @@ struct CrossEntropy {
     }
   };
 
-  template <Target K>
-  static void forward_block(const Args& a, int64_t task) {
-    constexpr bool dense = K != Target::hard;
-    Block b;
-    locate(a, task, b);
-    alignas(64) A buffer[kMaxPixels], t_buffer[kMaxPixels], x_y[kMaxPixels], w_y[kMaxPixels];
+  struct PixelBuffers {
+    Block block;
     Sums sums;
+    alignas(64) A x[kMaxPixels], t[kMaxPixels], out[kMaxPixels], x_y[kMaxPixels], w_y[kMaxPixels];
+    alignas(64) A g[kMaxPixels], y[kMaxPixels];
+  };
+
+  template <Target K>
+  static void forward_block(const Args& a, PixelBuffers& buffer, int64_t task) {
+    constexpr bool dense = K != Target::hard;
+    Block& b = buffer.block;
+    Sums& sums = buffer.sums;
+    A *const x_y = buffer.x_y, *const w_y = buffer.w_y;
+    locate(a, task, b);
     sums.reset(b.lanes, dense);
 
     const V keep_v(keep(a)), spread_v(spread(a));
     const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
-      const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer);
+      const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer.x);
       const A* t = nullptr;
       if constexpr (K == Target::soft) {
-        t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, t_buffer);
+        t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, buffer.t);
       }
       const V w(class_weight(a, c));
       const char* next = next_run(a, b, c);
@@ -479,12 +486,11 @@ struct CrossEntropy {
   }
 
   template <Target K>
-  static void backward_block(const Args& a, int64_t task) {
+  static void backward_block(const Args& a, PixelBuffers& buffer, int64_t task) {
     const Operand& out = a.grad_logits;
-    Block b;
+    Block& b = buffer.block;
+    A *const g = buffer.g, *const y = buffer.y;
     locate(a, task, b);
-    alignas(64) A buffer[kMaxPixels], t_buffer[kMaxPixels], out_buffer[kMaxPixels];
-    alignas(64) A g[kMaxPixels], y[kMaxPixels];
     const A* const max = static_cast<const A*>(a.stats) + b.first;
     const A *const log_sum = max + a.rows.count, *const mass = log_sum + a.rows.count;
     std::fill_n(g, b.lanes, incoming(a, b.first));
@@ -494,12 +500,12 @@ struct CrossEntropy {
     const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
       const int64_t at = b.at_out + c * out.class_stride;
-      const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer);
+      const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer.x);
       const A* t = nullptr;
       if constexpr (K == Target::soft) {
-        t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, t_buffer);
+        t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, buffer.t);
       }
-      A* slopes = room(out, at, b.out_stride, out_buffer);
+      A* slopes = room(out, at, b.out_stride, buffer.out);
       const V w(class_weight(a, c)), this_class = V(A(c));
       const char* next = next_run(a, b, c);
       each_vector<A>(b.n, [&](int64_t i, int64_t count) {
@@ -534,10 +540,10 @@ struct CrossEntropy {
     return a.classes >= kLanes && !a.probabilities.data && plain(a.logits) && plain(a.grad_logits);
   }
   template <Target K>
-  static void backward_short_rows(const Args& a, int64_t task) {
-    Block b;
+  static void backward_short_rows(const Args& a, PixelBuffers& buffer, int64_t task) {
+    Block& b = buffer.block;
+    A *const x_y = buffer.x_y, *const w_y = buffer.w_y;
     locate(a, task, b);
-    alignas(64) A x_y[kMaxPixels], w_y[kMaxPixels];
     gather_labels(a, b, x_y, w_y);
     const A* const max = static_cast<const A*>(a.stats) + b.first;
     const A *const log_sum = max + a.rows.count, *const mass = log_sum + a.rows.count;
@@ -573,15 +579,15 @@ struct CrossEntropy {
     }
   }
 
-  static void forward_pixels(const Args& a, int64_t begin, int64_t end) {
+  static void forward_pixels(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
     visit_target(a, [&](auto kind) {
-      for (int64_t task = begin; task < end; task++) forward_block<kind.value>(a, task);
+      for (int64_t task = begin; task < end; task++) forward_block<kind.value>(a, as<PixelBuffers>(scratch), task);
     });
   }
-  static void backward_pixels(const Args& a, int64_t begin, int64_t end) {
+  static void backward_pixels(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
     visit_target(a, [&](auto kind) {
       const auto block = short_rows(a) ? backward_short_rows<kind.value> : backward_block<kind.value>;
-      for (int64_t task = begin; task < end; task++) block(a, task);
+      for (int64_t task = begin; task < end; task++) block(a, as<PixelBuffers>(scratch), task);
     });
   }
 

@@ -13,6 +13,11 @@ struct RowState {
 constexpr int64_t kSegment = 1 << 16;  // classes of one row that one task handles
 constexpr int64_t kChunk = 1 << 14;    // elements of an elementwise loss, or rows to be summed, that one task handles
 
+// What one thread works in beside its stack, which may be as small as 128 KiB. Kernels lay it out as they need it.
+struct alignas(64) Scratch {
+  char bytes[160 << 10];
+};
+
 inline int64_t segments(const CrossEntropyArgs& a) { return (a.classes + kSegment - 1) / kSegment; }
 
 // Rows side by side when a row's classes are few or far apart, else one row at a time.
@@ -34,12 +39,12 @@ inline int64_t pixels_per_task(const CrossEntropyArgs& a) {
 template <class A>
 struct CrossEntropyKernels {
   // tasks: (row, segment) pairs, row-major; states: one a task, null when a row is one segment
-  void (*forward_rows)(const CrossEntropyArgs&, RowState* states, int64_t begin, int64_t end);
+  void (*forward_rows)(const CrossEntropyArgs&, Scratch&, RowState* states, int64_t begin, int64_t end);
   void (*finish_rows)(const CrossEntropyArgs&, const RowState* states, int64_t begin, int64_t end);
-  void (*backward_rows)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*backward_rows)(const CrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
   // tasks: blocks of pixels_per_task rows along the last dimension
-  void (*forward_pixels)(const CrossEntropyArgs&, int64_t begin, int64_t end);
-  void (*backward_pixels)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*forward_pixels)(const CrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
+  void (*backward_pixels)(const CrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
   // tasks: chunks of kChunk rows; sums: their (loss, weight) pairs. total: all of them
   void (*reduce)(const CrossEntropyArgs&, double* sums, int64_t begin, int64_t end);
   void (*total)(const CrossEntropyArgs&, const double* sums, int64_t chunks);
@@ -47,8 +52,8 @@ struct CrossEntropyKernels {
 
 template <class A>
 struct BinaryCrossEntropyKernels {  // tasks: chunks of kChunk elements
-  void (*forward)(const BinaryCrossEntropyArgs&, int64_t begin, int64_t end);
-  void (*backward)(const BinaryCrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*forward)(const BinaryCrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
+  void (*backward)(const BinaryCrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
 };
 
 struct Kernels {

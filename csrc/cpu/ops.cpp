@@ -1,14 +1,14 @@
 // The CPU backend's tensor side: pick the ISA, allocate, cut the work into tasks.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
-#include "../build_info.h"
 #include "../check.h"
+#include "../module.h"
 #include "kernels.h"
 #include "pages.h"
 
@@ -46,6 +46,11 @@ void parallel(int64_t tasks, int64_t grain, F&& task) {
   TORCH_CHECK(torch_parallel_for(0, tasks, grain, call, const_cast<void*>(static_cast<const void*>(&task))) == 0,
               "cece: parallel loop failed");
 }
+// This thread's; allocating it anew for each call would cost a small loss its speed.
+Scratch& scratch() {
+  static thread_local const std::unique_ptr<Scratch> memory = std::make_unique_for_overwrite<Scratch>();
+  return *memory;
+}
 constexpr int64_t kWorthAThread = 1 << 14;  // elements
 int64_t grain(int64_t elements_per_task) {
   return std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, elements_per_task));
@@ -53,19 +58,34 @@ int64_t grain(int64_t elements_per_task) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// gradient_like, large ones from pages.h
-Tensor empty_gradient(const Tensor& like) {
-  const size_t bytes = like.numel() * like.element_size();
-  if (bytes < Pages::kLeast || like.dim() > kMaxDims) return gradient_like(like);
-  void* start = Pages::global().take(bytes);
-  if (!start) return gradient_like(like);
-  const Tensor plain = at::empty_like(like, like.options().device(at::kMeta));  // its strides
-  c10::reportMemoryUsageToProfiler(start, int64_t(bytes), 0, bytes, c10::Device(c10::kCPU));
-  const auto free = [bytes](void* p) {
-    c10::reportMemoryUsageToProfiler(p, -int64_t(bytes), 0, 0, c10::Device(c10::kCPU));
-    Pages::global().give_back(p, bytes);
+// Memory for gradients: large ones from pages.h. Where the system has none left, what is kept there is let go first.
+// resize_ and untyped_storage().resize_() of a gradient come here again.
+struct GradientAllocator final : c10::Allocator {
+  struct Block {
+    void* start;
+    size_t bytes;
   };
-  return at::from_blob(start, plain.sizes(), plain.strides(), free, like.options());
+  static void free(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    c10::reportMemoryUsageToProfiler(block->start, -int64_t(block->bytes), 0, 0, c10::Device(c10::kCPU));
+    Pages::global().give_back(block->start, block->bytes);
+  }
+  c10::DataPtr allocate(size_t bytes) override {
+    const c10::Device cpu(c10::kCPU);
+    void* const start = bytes < Pages::kLeast ? nullptr : Pages::global().take(bytes);
+    if (!start) return c10::GetCPUAllocator()->allocate(bytes);
+    c10::reportMemoryUsageToProfiler(start, int64_t(bytes), 0, bytes, cpu);
+    return {start, new Block{start, bytes}, &free, cpu};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+Tensor empty_gradient(const Tensor& like) {
+  if (size_t(like.numel()) * like.element_size() < Pages::kLeast) return gradient_like(like);
+  static GradientAllocator& allocator = *new GradientAllocator;  // never destroyed: tensors may outlive it
+  const Tensor plain = gradient_like(like, c10::kMeta);          // its strides
+  return at::detail::empty_strided_generic(plain.sizes(), plain.strides(), &allocator,
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), like.scalar_type());
 }
 
 template <class F>
@@ -86,8 +106,8 @@ void raise_bad_label(const CrossEntropyCall& call, int64_t row) {
   const Tensor labels = call.target.reshape({-1});
   const int64_t label = labels[row].item<int64_t>();
   TORCH_CHECK_INDEX(false, "cece.cross_entropy: Target ", label, " is out of bounds: target",
-                    position(call.row_sizes, row), " must be in [0, ", call.args.classes, ") or equal ignore_index (",
-                    call.args.ignore_index, "), got ", label);
+                    position(C10_AS_INTARRAYREF_SLOW(call.shapes.rows), row), " must be in [0, ", call.args.classes,
+                    ") or equal ignore_index (", call.args.ignore_index, "), got ", label);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
@@ -98,15 +118,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
   CrossEntropyOutputs out = allocate_outputs(call);
   int64_t bad_row = a.rows.count;
   a.bad_row = &bad_row;
-  visit_acc(call.acc, [&](const auto& k, const auto&) {
+  visit_acc(call.shapes.acc, [&](const auto& k, const auto&) {
     if (side_by_side(a)) {
       parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
-               [&](int64_t b, int64_t e) { k.forward_pixels(a, b, e); });
+               [&](int64_t b, int64_t e) { k.forward_pixels(a, scratch(), b, e); });
     } else {
       const int64_t parts = segments(a), cost = std::min(a.classes, kSegment);
       std::vector<RowState> states(parts > 1 ? a.rows.count * parts : 0);
       RowState* const s = parts > 1 ? states.data() : nullptr;
-      parallel(a.rows.count * parts, grain(cost), [&](int64_t b, int64_t e) { k.forward_rows(a, s, b, e); });
+      parallel(a.rows.count * parts, grain(cost), [&](int64_t b, int64_t e) { k.forward_rows(a, scratch(), s, b, e); });
       if (s) k.finish_rows(a, s, 0, a.rows.count);
     }
     if (bad_row < a.rows.count) raise_bad_label(call, bad_row);
@@ -127,13 +147,13 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
       check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
   const auto held = check_saved(call, grad, stats, total_weight);
   const CrossEntropyArgs& a = call.args;
-  visit_acc(call.acc, [&](const auto& k, const auto&) {
+  visit_acc(call.shapes.acc, [&](const auto& k, const auto&) {
     if (side_by_side(a)) {
       parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
-               [&](int64_t b, int64_t e) { k.backward_pixels(a, b, e); });
+               [&](int64_t b, int64_t e) { k.backward_pixels(a, scratch(), b, e); });
     } else {
       parallel(a.rows.count * segments(a), grain(std::min(a.classes, kSegment)),
-               [&](int64_t b, int64_t e) { k.backward_rows(a, b, e); });
+               [&](int64_t b, int64_t e) { k.backward_rows(a, scratch(), b, e); });
     }
   });
 }
@@ -150,11 +170,6 @@ Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Te
 void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                              double label_smoothing) {
-  if (logits.dim() > kMaxDims) {
-    logits.copy_(cross_entropy_backward(grad, logits, target, weight, stats, total_weight, reduction, ignore_index,
-                                        label_smoothing));
-    return;
-  }
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
 }
 
@@ -165,8 +180,7 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
   BinaryCrossEntropyCall call = check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction);
   BinaryCrossEntropyArgs& a = call.args;
   const bool none = a.reduction == Reduction::none;
-  const auto options = input.options().dtype(call.acc);
-  Tensor loss = none ? at::empty(input.sizes(), options) : at::empty({}, options);
+  const Tensor loss = allocate_loss(input, call.acc, reduction);
   const int64_t chunks = ceil_div(a.shape.count, kChunk);
   std::vector<double> partial(none ? 0 : chunks);
   if (none) {
@@ -177,15 +191,18 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
   int64_t bad = a.shape.count;
   a.bad = &bad;
   visit_acc(call.acc, [&](const auto&, const auto& k) {
-    parallel(chunks, 1, [&](int64_t b, int64_t e) { k.forward(a, b, e); });
+    parallel(chunks, 1, [&](int64_t b, int64_t e) { k.forward(a, scratch(), b, e); });
   });
   if (bad < a.shape.count) {
-    const auto at = [&](const Tensor& t) { return t.reshape({-1})[bad].item<double>(); };
-    const double x = at(input), y = at(target);
+    const auto at = [&](const Tensor& t) { return t.reshape({-1})[bad]; };
+    const auto number = [](const Tensor& one) {
+      return one.scalar_type() == at::kDouble ? digits(one.item<double>()) : digits(one.item<float>());
+    };
+    const double x = at(input).item<double>();
     const bool is_input = !(x >= 0 && x <= 1);
-    TORCH_CHECK(false, "cece.binary_cross_entropy: all elements of ", is_input ? "input" : "target",
-                " should be between 0 and 1, got ", is_input ? "input" : "target", position(input.sizes(), bad), " = ",
-                is_input ? x : y,
+    const char* name = is_input ? "input" : "target";
+    TORCH_CHECK(false, "cece.binary_cross_entropy: all elements of ", name, " should be between 0 and 1, got ", name,
+                position(input.sizes(), bad), " = ", number(at(is_input ? input : target)),
                 is_input ? "; for logits use binary_cross_entropy_with_logits, this loss applies no sigmoid" : "");
   }
   if (!none) {
@@ -205,13 +222,15 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
       check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction, &grad, &grad_input);
   const BinaryCrossEntropyArgs& a = call.args;
   visit_acc(call.acc, [&](const auto&, const auto& k) {
-    parallel(ceil_div(a.shape.count, kChunk), 1, [&](int64_t b, int64_t e) { k.backward(a, b, e); });
+    parallel(ceil_div(a.shape.count, kChunk), 1, [&](int64_t b, int64_t e) { k.backward(a, scratch(), b, e); });
   });
   return grad_input;
 }
 
 }  // namespace
 }  // namespace cpu
+
+void empty_cache() { cpu::Pages::global().drop(); }
 
 BuildInfo build_info() {
   BuildInfo info;

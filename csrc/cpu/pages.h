@@ -1,11 +1,13 @@
 // Memory for large gradients. A fresh page costs more than the gradient written to it (131 MB: 61 ms in 4 KiB
 // pages, 20 ms in 2 MiB pages, 5 ms to write again), so pages are huge, and the last few freed blocks are kept:
 // a training step frees the gradient of its logits and soon asks for one of the same size.
-// A kept block is MADV_FREE: under memory pressure the kernel takes its pages back without asking.
+// A kept block is MADV_FREE: under memory pressure the kernel takes its pages back without asking. drop() gives all
+// back.
 #pragma once
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <vector>
 
@@ -24,6 +26,7 @@ class Pages {
 
   // At least `bytes` of memory on a huge page's boundary, or null where there is none.
   void* take(size_t bytes) {
+    if (bytes > SIZE_MAX / 2) return nullptr;
     bytes = rounded(bytes);
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -34,7 +37,11 @@ class Pages {
         return start;
       }
     }
-    void* mapped = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* mapped = map(bytes + kHuge);
+    if (mapped == MAP_FAILED) {
+      drop();
+      mapped = map(bytes + kHuge);
+    }
     if (mapped == MAP_FAILED) return nullptr;
     char* first = static_cast<char*>(mapped);
     char* start = first + (kHuge - reinterpret_cast<size_t>(first) % kHuge) % kHuge;
@@ -49,10 +56,12 @@ class Pages {
     madvise(start, bytes, MADV_FREE);
     std::lock_guard<std::mutex> lock(mutex_);
     kept_.push_back({start, bytes});
-    if (kept_.size() > kKept) {
-      munmap(kept_.front().start, kept_.front().bytes);
-      kept_.erase(kept_.begin());
-    }
+    drop_all_but(kKept);
+  }
+
+  void drop() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    drop_all_but(0);
   }
 
  private:
@@ -60,6 +69,12 @@ class Pages {
     void* start;
     size_t bytes;
   };
+  static void* map(size_t bytes) {
+    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
+  void drop_all_but(size_t n) {  // the oldest first
+    for (; kept_.size() > n; kept_.erase(kept_.begin())) munmap(kept_.front().start, kept_.front().bytes);
+  }
   static size_t rounded(size_t bytes) { return (bytes + kHuge - 1) / kHuge * kHuge; }
 
   std::mutex mutex_;

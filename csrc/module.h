@@ -1,3 +1,4 @@
+// What module.cpp shows to Python, implemented in cpu/ops.cpp.
 #pragma once
 #include <string>
 #include <vector>
@@ -12,5 +13,7 @@ struct BuildInfo {
   std::string compiler;
 };
 BuildInfo build_info();
+
+void empty_cache();  // gives back the memory that is kept for gradients (cpu/pages.h)
 
 }  // namespace cece
