@@ -16,21 +16,31 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
-#include "args.h"
+#include "check.h"
 
 namespace cece {
 namespace {
 
-using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-using MaybeTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kNone = 0, kMean = 1;
 
 Tensor get(const MaybeTensor& t) { return t.has_value() ? *t : Tensor(); }
 MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
+
+// A tensor of numbers in memory: no wrapper, batch, view with a changed sign or the like between them and the kernel.
+bool plain(const Tensor& t) {
+  if (!t.defined()) return true;
+  const auto keys = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
+  const auto key = keys.highestPriorityTypeId();
+  return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
+}
+template <class... Ts>
+bool all_plain(const Ts&... tensors) {
+  return (plain(tensors) && ...);
+}
 
 // A node of the graph, by its rule: `derive` is a function from the call's options, the saved tensors (the first kEdges
 // of which have an edge each) and an incoming gradient to the edges' gradients; `needs` says which of them are asked
@@ -294,13 +304,6 @@ bool separate(const Tensor& x) {
   }
   return true;
 }
-// A tensor of numbers in memory: no wrapper, batch, view with a changed sign or the like between them and the kernel.
-bool plain(const Tensor& t) {
-  if (!t.defined()) return true;
-  const auto keys = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
-  const auto key = keys.highestPriorityTypeId();
-  return key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA;
-}
 void check_inplace(const Tensor& x) {
   if (!x.requires_grad() || !plain(x)) return;
   const bool of_leaf = x.is_view() && x._base().is_leaf() && x._base().requires_grad();
@@ -352,6 +355,8 @@ struct CrossEntropyBackward {
 
 ForwardOutputs cross_entropy_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, int64_t reduction,
                                      int64_t ignore_index, double label_smoothing, bool inplace) {
+  // A wrapper may answer for a device that its own mechanism does not hold us to.
+  if (!all_plain(x, t, get(w))) check_cross_entropy_shapes(x, t, w, reduction, ignore_index, label_smoothing);
   if (inplace) check_inplace(x);
   // A tensor that is saved through hooks (activation checkpointing, save_on_cpu) comes back without autograd's check
   // that it is still what was saved: nobody else who saved the logits would notice that they were overwritten.
@@ -530,6 +535,7 @@ struct BinaryCrossEntropyBackward {
 
 Tensor binary_cross_entropy_forward(const Tensor& x, const Tensor& y, const MaybeTensor& w, const MaybeTensor& p,
                                     bool with_logits, int64_t reduction) {
+  if (!all_plain(x, y, get(w), get(p))) check_binary_cross_entropy_shapes(x, y, w, p, with_logits, reduction);
   Tensor loss;
   {
     at::AutoDispatchBelowADInplaceOrView below;
