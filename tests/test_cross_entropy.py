@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from conftest import DTYPES, SHAPES, assert_as_good_as_torch, check_against_truth
 
 import cece
@@ -99,12 +100,12 @@ def test_loss_is_at_least_float32(backend, dtype):
 
 @pytest.mark.parametrize("shape", [(37, 5), (19, 100), (2, 21, 40), (2, 66000)], ids=str)
 def test_label_dtypes(backend, shape):
-    """uint8, int32 and int64 labels: the same bits."""
+    """Labels of any integer dtype: the same bits."""
     t = make(shape, torch.float32, False, torch.float32, ignored=False)
-    labels = t["target"] % 200
+    labels = t["target"] % 120
     labels.view(-1)[0] = 3
     results = []
-    for dtype in (torch.int64, torch.int32, torch.uint8):
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         x, w = t["input"].detach().to(backend.device).requires_grad_(), t["weight"].to(backend.device)
         loss = cece.cross_entropy(x, labels.to(backend.device, dtype), w, ignore_index=3)
         results.append((loss.detach(), *torch.autograd.grad(loss, x)))
@@ -112,6 +113,16 @@ def test_label_dtypes(backend, shape):
     assert_as_good_as_torch(results[0][0], truth.detach())
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16], ids=str)
+def test_negative_labels_of_small_integers(backend, dtype):
+    """-100 is -100 in them too, and other negative numbers are no classes."""
+    x, y = torch.randn(6, 5, device=backend.device), torch.tensor([0, -100, 4, 2, -100, 1], device=backend.device)
+    assert torch.equal(cece.cross_entropy(x, y.to(dtype)), cece.cross_entropy(x, y))
+    if backend.name == "cpu":
+        with pytest.raises(IndexError, match=r"Target -3 is out of bounds: target\[2\]"):
+            cece.cross_entropy(x, y.masked_fill(y == 4, -3).to(dtype))
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 4])
@@ -319,6 +330,149 @@ def test_inplace_backward_where_it_would_destroy_something():
     plain = x.detach().clone()
     cece.cross_entropy(plain, y, inplace_backward=True)  # no gradient, nothing to overwrite
     assert torch.equal(plain, x)
+
+
+def z_loss(h):
+    return h.logsumexp(1).square().mean()
+
+
+HOOKS = {  # contexts in which autograd's check of saved tensors is blind
+    "identity": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "offload": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy),
+}
+SECOND_USERS = {  # someone else who needs the logits that inplace_backward would overwrite
+    "z-loss": lambda h, y, loss: loss(h, y) + z_loss(h),
+    "z-loss before": lambda h, y, loss: z_loss(h) + loss(h, y),
+    "mixup": lambda h, y, loss: 0.7 * loss(h, y) + 0.3 * loss(h, y.flip(0)),
+    "no one": lambda h, y, loss: loss(h, y),
+}
+
+
+@pytest.mark.parametrize("user", SECOND_USERS)
+@pytest.mark.parametrize("context", [*HOOKS, "checkpoint"])
+def test_inplace_backward_behind_saved_tensor_hooks(context, user):
+    """Nobody would notice the overwritten logits, so they are not: the gradient is that of the ordinary backward."""
+    y, x = torch.randint(5, (6,)), torch.randn(6, 5)
+
+    def gradients(inplace, retain=False):
+        w = x.clone().requires_grad_()
+
+        def loss(h, y):
+            return cece.cross_entropy(h, y, inplace_backward=inplace)
+
+        def block(w):
+            h = w * 1
+            return SECOND_USERS[user](h, y, loss)
+
+        if context == "checkpoint":
+            value = torch.utils.checkpoint.checkpoint(block, w, use_reentrant=False)
+        else:
+            with HOOKS[context]():
+                value = block(w)
+        if retain:
+            value.backward(retain_graph=True)
+        value.backward()
+        return w.grad
+
+    for retain in (False, True) if context != "checkpoint" else (False,):
+        assert torch.equal(gradients(True, retain), gradients(False, retain))
+
+
+def test_inplace_backward_beside_a_checkpoint():
+    """Whoever is recomputed from the logits later gets torch's error."""
+    x, y = torch.randn(6, 5).requires_grad_(), torch.randint(5, (6,))
+    h = x * 1
+    z = torch.utils.checkpoint.checkpoint(z_loss, h, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (cece.cross_entropy(h, y, inplace_backward=True) + z).backward()
+
+
+OF_A_LEAF = {
+    "view": lambda: torch.randn(30).requires_grad_().view(6, 5),
+    "slice": lambda: torch.randn(8, 5).requires_grad_()[:6],
+    "expand": lambda: torch.randn(1, 5).requires_grad_().expand(6, 5),
+    "transpose": lambda: torch.nn.Parameter(torch.randn(5, 6)).t(),
+    "view of a view": lambda: torch.randn(2, 30).requires_grad_()[1].view(6, 5)[:, :],
+    "chunk": lambda: torch.randn(12, 5).requires_grad_().chunk(2)[1],
+    "detached and a leaf again": lambda: torch.randn(30).view(6, 5).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("how", OF_A_LEAF)
+def test_inplace_backward_never_writes_into_a_leaf(how):
+    with pytest.raises(RuntimeError, match="cece.cross_entropy: inplace_backward=True.*must not be a leaf"):
+        cece.cross_entropy(OF_A_LEAF[how](), torch.randint(5, (6,)), inplace_backward=True)
+
+
+OVERLAPPING = {
+    "as_strided": lambda b: b.as_strided((4, 5), (3, 1)),
+    "unfold": lambda b: b.unfold(0, 5, 3)[:4],
+    "rows on rows": lambda b: b.as_strided((4, 5), (0, 1)),
+    "interleaved": lambda b: b.as_strided((4, 5, 2), (5, 1, 3)),
+    "steps that meet": lambda b: b.as_strided((4, 5), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("how", OVERLAPPING)
+def test_inplace_backward_refuses_overlapping_memory(how):
+    logits = OVERLAPPING[how](torch.randn(80).requires_grad_() * 1)
+    y = torch.randint(5, logits.shape[:1] + logits.shape[2:])
+    with pytest.raises(RuntimeError, match="whose elements have memory of their own, got an expanded or overlapping"):
+        cece.cross_entropy(logits, y, inplace_backward=True)
+    assert cece.cross_entropy(logits, y).isfinite()
+
+
+def a_soft_target_in_the_logits_buffer(x):
+    both = torch.cat([x, x.softmax(1)], 1) * 1
+    return both[:, :5], both[:, 2:7].detach()
+
+
+LOGITS = {  # the logits and target made of x
+    "plain": lambda x: (x * 1, None),
+    "soft target in the logits' buffer": a_soft_target_in_the_logits_buffer,
+    "the logits are their own target": lambda x: ((h := x.softmax(1)), h.detach()),
+    "copy on write": lambda x: (torch._lazy_clone(x * 1), None),
+    "negated": lambda x: (torch._neg_view(x * 1), None),
+    "thirteen dimensions": lambda x: ((x * 1).view(6, 5, *(1,) * 11), None),
+}
+
+
+@pytest.mark.parametrize("how", LOGITS)
+def test_inplace_backward_is_right_wherever_it_is_taken(how):
+    x, y = torch.randn(6, 5), torch.randint(5, (6,))
+
+    def run(inplace):
+        w = x.clone().requires_grad_()
+        logits, target = LOGITS[how](w)
+        target = y.view(6, *logits.shape[2:]) if target is None else target
+        loss = cece.cross_entropy(logits, target, inplace_backward=inplace)
+        return torch.autograd.grad(loss, w)[0], loss.detach()
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inplace_backward_leaves_lazily_shared_memory_alone():
+    """A lazy copy's memory is another tensor's until it is written to."""
+    x, y = torch.randn(6, 5).requires_grad_(), torch.randint(5, (6,))
+    original = x * 1
+    kept, lazy = original.detach().clone(), torch._lazy_clone(original)
+    cece.cross_entropy(lazy, y, inplace_backward=True).backward()
+    assert torch.equal(original, kept)
+    torch.testing.assert_close(x.grad, torch.autograd.grad(F.cross_entropy(x, y), x)[0])
+
+
+def test_inplace_backward_of_batched_gradients():
+    x, y = torch.randn(6, 5).requires_grad_(), torch.randint(5, (6,))
+    many = torch.randn(3, 6)
+    results = []
+    for inplace in (False, True):
+        h = x * 1
+        loss = cece.cross_entropy(h, y, reduction="none", inplace_backward=inplace)
+        results.append(torch.autograd.grad(loss, h, many, is_grads_batched=True)[0])
+        assert torch.equal(h, x)
+    assert torch.equal(*results)
 
 
 def test_inplace_backward_under_create_graph():

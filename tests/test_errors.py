@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, vmap
 
 import cece
 
@@ -126,7 +128,6 @@ ERRORS = {
         "expected target dtype",
         "got Bool",
     ),
-    "int16 labels": (lambda: CE(x(6, 5), bad(0, 0).short()), RuntimeError, "expected target dtype", "got Short"),
     "integer probabilities": (
         lambda: CE(x(6, 5), torch.zeros(6, 5, dtype=torch.long)),
         RuntimeError,
@@ -300,6 +301,132 @@ def test_errors(case):
     assert type(e.value) is kind  # IndexError and not a relative of it
 
 
+# What a tensor holds, not what it is.
+OF_DATA = [k for k, (_, kind, *pieces) in ERRORS.items() if kind is IndexError or k.startswith("probability ")]
+OF_DATA += ["target above 1", "integer target above 1"]
+
+
+def on_meta(call):
+    with torch.device("meta"):
+        call()
+
+
+def on_fakes(call):
+    with FakeTensorMode():
+        call()
+
+
+@pytest.mark.parametrize("mode", [on_meta, on_fakes])
+@pytest.mark.parametrize("case", [k for k in ERRORS if k not in OF_DATA and "elsewhere" not in k])
+def test_errors_without_data(case, mode):
+    """What is wrong with a shape, dtype or option is said where only those are known, in the same words."""
+    call, kind, *pieces = ERRORS[case]
+    with pytest.raises(kind, match=".*".join(re.escape(p) for p in pieces)) as e:
+        mode(call)
+    assert type(e.value) is kind
+
+
+@pytest.mark.parametrize("mode", [on_meta, on_fakes])
+def test_the_same_calls_right_are_taken_without_data(mode):
+    def right():
+        for logits, labels in ((x(6, 5), bad(0, 0)), (x(5), torch.tensor(0)), (x(2, 5, 4), bad(0, 0, 8).view(2, 4))):
+            CE(logits, labels, x(5))
+            CE(logits, logits, label_smoothing=0.1)
+            BCE(logits, logits > 0.5, x(1), pos_weight=x(logits.shape[-1]))
+            PROBS(logits, logits)
+
+    mode(right)
+
+
+def test_fakes_of_different_devices_are_told_apart():
+    """In our words, also where a tensor without dimensions is one that torch would take from anywhere."""
+    with FakeTensorMode():
+        logits, labels = torch.empty(6, 5, device="cuda"), torch.zeros(6, dtype=torch.long)
+        for call in (
+            lambda: CE(logits, labels),
+            lambda: CE(torch.empty(5, device="cuda"), torch.tensor(0)),
+            lambda: BCE(torch.empty((), device="cuda"), torch.tensor(0.5)),
+        ):
+            with pytest.raises(RuntimeError, match="target must be on input's device cuda:0, got cpu"):
+                call()
+        with pytest.raises(RuntimeError, match="pos_weight must be on input's device cuda:0, got cpu"):
+            BCE(logits, logits, pos_weight=torch.tensor(2.0))
+
+
+# a batch of three of what one call takes -> what eager says of one
+UNDER_VMAP = {
+    "batch sizes": (CE, lambda: (x(3, 4, 5), torch.zeros(3, 7, dtype=torch.long))),
+    "no dimension for one label": (CE, lambda: (x(3, 1, 5), torch.zeros(3, dtype=torch.long))),
+    "one label too many": (CE, lambda: (x(3, 5), torch.zeros(3, 1, dtype=torch.long))),
+    "pixels": (CE, lambda: (x(3, 2, 5, 4), torch.zeros(3, 2, 3, dtype=torch.long))),
+    "weight": (CE, lambda: (x(3, 4, 5), torch.zeros(3, 4, dtype=torch.long), x(3, 6))),
+    "BCE of another rank": (BCE, lambda: (x(3, 4, 5), x(3, 5))),
+    "BCE of broadcastable shape": (BCE, lambda: (x(3, 4, 5), x(3, 1, 5))),
+    "BCE weight of a larger rank": (BCE, lambda: (x(3, 5), x(3, 5), x(3, 4, 5))),
+    "probabilities of another rank": (PROBS, lambda: (x(3, 4, 5), x(3, 4))),
+}
+
+
+@pytest.mark.parametrize("case", UNDER_VMAP)
+def test_errors_under_vmap(case):
+    loss, make = UNDER_VMAP[case]
+    args = make()
+    with pytest.raises((ValueError, RuntimeError)) as eager:
+        loss(*(a[0] for a in args))
+    for call in (vmap(loss), vmap(grad(loss)), torch.compile(vmap(loss), backend="eager", dynamic=False)):
+        with pytest.raises(Exception, match=re.escape(str(eager.value).split("\n")[0])):
+            call(*args)
+    on_last = [a.movedim(0, -1) for a in args]
+    with pytest.raises(type(eager.value), match=re.escape(str(eager.value).split("\n")[0])):
+        vmap(loss, in_dims=-1)(*on_last)
+
+
+def test_a_bad_label_under_vmap_is_named_by_its_own_index():
+    labels = torch.zeros(3, 4, dtype=torch.long)
+    labels[1, 2] = 9
+    with pytest.raises(IndexError, match=r"Target 9 is out of bounds: target\[1, 2\] must be in \[0, 5\)"):
+        vmap(CE)(x(3, 4, 5), labels)
+    with pytest.raises(IndexError, match=r"target\[1, 2\]"):
+        vmap(CE, in_dims=(2, 1))(x(4, 5, 3), labels.t())
+    with pytest.raises(IndexError, match=r"target\[1, 2\]"):
+        vmap(vmap(CE))(x(3, 4, 5), labels)
+    pixels = torch.zeros(3, 2, 4, 4, dtype=torch.long)
+    pixels[2, 1, 0, 3] = -1
+    with pytest.raises(IndexError, match=r"target\[2, 1, 0, 3\]"):
+        vmap(CE)(x(3, 2, 5, 4, 4), pixels)
+
+
+def test_a_batch_of_size_0():
+    """The shapes that torch's losses have there, gradients too."""
+    cases = [
+        (CE, F.cross_entropy, (x(0, 4, 5), torch.zeros(0, 4, dtype=torch.long))),
+        (CE, F.cross_entropy, (x(0, 4, 5, 2), x(0, 4, 5, 2))),
+        (BCE, F.binary_cross_entropy_with_logits, (x(0, 4, 5), x(0, 4, 5))),
+        (PROBS, F.binary_cross_entropy, (x(0, 4, 5), x(0, 4, 5))),
+    ]
+    for ours, theirs, args in cases:
+        for r in ("none", "mean", "sum"):
+            values = [vmap(lambda *a, f=f, r=r: f(*a, reduction=r))(*args) for f in (ours, theirs)]
+            assert values[0].shape == values[1].shape
+        assert vmap(grad(ours))(*args).shape == args[0].shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_value_just_out_of_range_shows_it(dtype):
+    """1.0000001 does not read as 1."""
+    above = torch.tensor(1.0, dtype=dtype).nextafter(torch.tensor(2.0, dtype=dtype))
+    shown = {torch.float32: "1.0000001", torch.float64: "1.0000000000000002"}[dtype]
+    half = torch.tensor([0.5], dtype=dtype)
+    with pytest.raises(RuntimeError, match=re.escape(f"input[0] = {shown};")):
+        PROBS(above[None], half)
+    with pytest.raises(RuntimeError, match=re.escape(f"target[0] = {shown}") + "$"):
+        PROBS(half, above[None])
+    with pytest.raises(RuntimeError, match="got -4.94e-324|got -4.9406"):
+        CE(x(6, 5), bad(0, 0), label_smoothing=-5e-324)
+    with pytest.raises(RuntimeError, match="got 1.0000000000000002"):
+        CE(x(6, 5), bad(0, 0), label_smoothing=1 + 2**-52)
+
+
 @pytest.mark.parametrize("reduction", ["average", "Mean", "", None, 1, ["mean"]], ids=repr)
 @pytest.mark.parametrize("loss", [CE, BCE, PROBS], ids=lambda f: f.__name__)
 def test_an_unknown_reduction(loss, reduction):
@@ -435,7 +562,9 @@ def test_fuzz_cross_entropy(data):
     else:
         low, high = draw(st.sampled_from([(0, 0), (0, 0), (0, 0), (-1, 0), (0, 1)]), "labels out of range")
         target = torch.randint(low, classes + high, rows, generator=generator)
-        kind = draw(st.sampled_from([torch.int64] * 4 + [torch.int32, torch.uint8, torch.float32, torch.int16]))
+        kind = draw(
+            st.sampled_from([torch.int64] * 3 + [torch.int32, torch.int16, torch.uint8, torch.float32, torch.bool])
+        )
         target = target.to(kind) if kind != torch.uint8 else target.clamp(0, 255).to(kind)
     if draw(st.integers(0, 9)) == 0:
         target = target[..., :-1] if target.dim() else target[None]
@@ -449,7 +578,7 @@ def test_fuzz_cross_entropy(data):
         "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0, 1.5])),  # below 0 torch raises nothing
     }
     wide = target.double() if target.is_floating_point() and target.shape == logits.shape else target
-    wide = wide.long() if wide.dtype == torch.int32 else wide  # torch takes no int32
+    wide = wide.long() if wide.dtype in (torch.int32, torch.int16, torch.uint8) else wide  # torch takes fewer
     both_or_neither(
         lambda: run(CE, logits, target, weight, **options),
         lambda: run(F.cross_entropy, logits.double(), wide, None if weight is None else weight.double(), **options),

@@ -81,6 +81,27 @@ def test_a_tiny_loss_keeps_its_bits(backend, classes, dtype):
                 assert F.cross_entropy(x[None], torch.tensor([label])) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tiny_loss_is_as_exact_as_the_difference_of_its_logits(backend, dtype):
+    """A difference d that is rounded moves e^d by |d| half units of the dtype: that much, and 4 units of our own.
+
+    float64's logarithms and sums are float64's: a few units more.
+    """
+    n, eps = 4000, torch.finfo(dtype).eps
+    top = torch.rand(n, dtype=torch.float64) * 80
+    x = torch.stack([top, top - 2 - 80 * torch.rand(n, dtype=torch.float64)], 1).to(dtype)
+    x[0] = torch.tensor([40.1, -5.9513], dtype=dtype)
+    gap = [mpmath.mpf(a) - mpmath.mpf(b) for a, b in x.double().tolist()]
+    truth = torch.tensor([float(mpmath.log1p(mpmath.exp(-d))) for d in gap], dtype=torch.float64)
+    bound = (4 + torch.tensor([float(d) / 2 for d in gap], dtype=torch.float64)) * eps * (2 if eps < 1e-10 else 1)
+    labels = torch.zeros(n, dtype=torch.long, device=backend.device)
+    for logits, y in ((x, labels), (x.t()[None].contiguous(), labels[None])):
+        loss = cece.cross_entropy(logits.to(backend.device), y, reduction="none").flatten().cpu().double()
+        error = (loss / truth - 1).abs() / bound
+        assert error.max() <= 1, (error.argmax(), x[error.argmax()], error.max())
+    assert (bound[0] / eps) > 17  # where 4 units alone would be promised too much
+
+
 @pytest.mark.parametrize("shape", [(300, 10), (20, 60), (5, 3000), (2, 70000), (2, 21, 40), (2, 300, 9)], ids=str)
 def test_an_offset_of_the_logits_changes_no_bit(backend, shape):
     """x + 1e4: the logits are multiples of 2^-9, so the shift is exact. `(max + log sum) - x_y` would lose 10 bits."""
@@ -151,6 +172,109 @@ def test_nan_comes_out_as_nan(backend, classes):
                     grad = grad[0].t() if pixels else grad
                     assert grad[1].isnan().all() and not grad[[0, 2]].isnan().any()
                     assert cece.cross_entropy(x, t.to(backend.device)).isnan()
+
+
+WITHOUT_MASS = {  # targets that expect nothing of a row of C classes
+    "weight 0": lambda rows, c: (torch.full((rows,), 1), {"weight": torch.arange(c) % 2 * 0.0}),
+    "smoothed, all weights 0": lambda rows, c: (
+        torch.full((rows,), 1),
+        {"weight": torch.zeros(c), "label_smoothing": 0.1},
+    ),
+    "all-zero probabilities": lambda rows, c: (torch.zeros(rows, c), {}),
+    "probabilities of weight 0": lambda rows, c: (torch.ones(rows, c), {"weight": torch.zeros(c)}),
+}
+
+
+@pytest.mark.parametrize("pixels", [False, True], ids=["rows", "pixels"])
+@pytest.mark.parametrize("classes", [5, 17, 60, 3000, 66000])
+@pytest.mark.parametrize("target", WITHOUT_MASS)
+def test_a_row_without_mass_hides_no_nan(backend, target, classes, pixels):
+    """Loss, gradient and second derivative tell the same story: NaN of a row that is no distribution, else 0."""
+    if backend.name == "emulated" and classes > 3000:
+        return
+    x = torch.randn(5, classes)
+    x[0, classes // 2], x[1], x[2, :2], x[3, 0] = NAN, -INF, INF, INF
+    t, options = WITHOUT_MASS[target](5, classes)
+    if pixels:
+        x, t = x.t()[None].contiguous(), t.t()[None].contiguous() if t.dim() == 2 else t[None]
+    x = x.to(backend.device).requires_grad_()
+    options = {k: v.to(backend.device) if k == "weight" else v for k, v in options.items()}
+    loss = cece.cross_entropy(x, t.to(backend.device), **options, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((grad * torch.ones_like(grad)).sum(), x)
+    assert loss.isnan().flatten().tolist() == [True, True, True, False, False]
+    assert not loss.flatten()[3:].any()
+    for g in (grad, second):
+        g = g[0].t() if pixels else g
+        assert g.isnan().any(1).tolist() == [True, True, True, False, False]
+        assert g[:3].isnan().all() and not g[3:].any()
+
+
+def test_a_weight_of_0_pays_for_an_infinite_binary_loss_but_hides_no_nan(backend):
+    x = torch.tensor([INF, -INF, INF, NAN, 1.0], device=backend.device)
+    y = torch.tensor([0.0, 1.0, 0.5, 0.0, 1.0], device=backend.device)
+    for w in (torch.zeros(5, device=backend.device), torch.zeros(1, device=backend.device)):
+        u = x.clone().requires_grad_()
+        loss = BCE(u, y, w, reduction="none")
+        (grad,) = torch.autograd.grad(loss.sum(), u)
+        for v in (loss.detach(), grad):
+            assert v.isnan().tolist() == [False, False, False, True, False] and not v.nan_to_num().any()
+    w = torch.ones(5, device=backend.device)
+    assert BCE(x, y, w, reduction="none").isposinf().tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("classes", [3, 60])
+def test_all_derivatives_at_a_certainty(classes):
+    """One logit of +inf: every derivative of the loss is 0, or infinite where an impossible class is expected."""
+    x = torch.randn(2, classes, dtype=torch.float64)
+    x[0, 1] = INF
+    label, one_hot = torch.tensor([1, 1]), F.one_hot(torch.tensor([1, 1]), classes).double()
+    for t in (label, one_hot):
+        second = torch.func.hessian(lambda x, t=t: cece.cross_entropy(x, t, reduction="sum"))(x)
+        assert not second[0].any() and second.isfinite().all() and second[1].any()
+        v = torch.randn_like(x)
+        third = torch.func.jvp(torch.func.hessian(lambda x, t=t: cece.cross_entropy(x, t)), (x,), (v,))[1]
+        assert third.isfinite().all()
+    w = torch.ones(classes, dtype=torch.float64)
+    of_target, of_weight = torch.func.grad(lambda t, w: cece.cross_entropy(x[:1], t, w), (0, 1))(one_hot[:1], w)
+    assert of_target[0, 1] == 0 and of_target[0, [0, *range(2, classes)]].isposinf().all()
+    assert not of_weight.any()
+    x[0] = torch.randn(classes)
+    x[0, 2] = -INF  # an impossible class that nobody expects
+    for dw in (torch.zeros_like(w), torch.ones_like(w)):
+        _, change = torch.func.jvp(lambda w: cece.cross_entropy(x[:1], one_hot[:1], w), (w,), (dw,))
+        assert change.isfinite()
+    assert torch.func.grad(lambda w: cece.cross_entropy(x[:1], one_hot[:1], w))(w).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 40), (2, 100), (2, 1000), (2, 5000), (2, 70_000), (1, 40, 2), (1, 300, 2)], ids=str
+)
+def test_smoothing_over_the_lowest_numbers_is_finite(backend, shape):
+    """A mask at finfo.min in a tenth of the classes: their share of a smoothed loss is huge, and a number."""
+    low = torch.finfo(torch.float32).min
+    for scale in (1.0, 0.5):
+        x = torch.randn(shape)
+        x[:, ::10] = low * scale
+        y = torch.ones(shape[:1] + shape[2:], dtype=torch.long)
+        truth = cece.reference.cross_entropy(x.double(), y, label_smoothing=0.1, reduction="none")
+        u = x.to(backend.device).requires_grad_()
+        loss = cece.cross_entropy(u, y.to(backend.device), label_smoothing=0.1, reduction="none")
+        assert_as_good_as_torch(loss.detach(), truth)
+        assert torch.autograd.grad(loss.sum(), u)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothing_does_not_drift(backend, smoothing):
+    """Many rows of many equal terms: no sum of them loses what it rounds off, nor does the mass the gradient needs."""
+    rows, classes = (199, 20_001) if backend.name == "emulated" else (199, 128_256)
+    for x in (torch.randn(rows, classes) * 3, torch.full((rows, classes), 1.1).index_fill_(1, torch.tensor([7]), 30.3)):
+        x, y = x.to(backend.device), torch.full((rows,), 5, device=backend.device)
+        loss, stats, _ = torch.ops.cece.cross_entropy_forward(x, y, None, 0, -100, smoothing)
+        assert (stats[2].double() - 1).abs().max() <= 2**-23
+        wide = x.double().cpu()
+        truth = (1 - smoothing) * (wide.logsumexp(1) - wide[:, 5]) + smoothing * (wide.logsumexp(1) - wide.mean(1))
+        assert (loss.cpu().double() / truth - 1).abs().max() <= 4 * 2**-23
 
 
 def test_nan_in_the_binary_losses(backend):
@@ -419,6 +543,21 @@ def test_exp_is_right_to_2_ulp(backend):
         worst = ulp_distance(ours, truth)
         assert worst.max() <= 2, (x[worst.argmax()].item(), ours[worst.argmax()], truth[worst.argmax()], worst.max())
         assert ours[n - 1 - 3 * 151] == 0 and (ours[x.numpy() == 0] == 1).all()
+
+
+def test_expm1_is_right_to_2_and_a_half_ulp(backend):
+    """The label's slope of a row with max 0, log sum 0 and mass 1 is expm1(x_y)."""
+    x = exp_inputs(1_000_000 if backend.name == "cpu" else 60_000)
+    x = torch.cat([x, -torch.rand(len(x) // 4)])
+    truth, n = np.expm1(x.numpy().astype(np.float64)), x.numel()
+    logits, label = torch.stack([x, torch.zeros_like(x)])[None].to(backend.device), torch.zeros(1, n, dtype=torch.long)
+    stats = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1).expand(3, 1, n).contiguous()
+    one = torch.ones((), device=backend.device)
+    grad = torch.ops.cece.cross_entropy_backward(
+        one, logits, label.to(backend.device), None, stats.to(backend.device), one, 2, -100, 0.0
+    )
+    worst = ulp_distance(grad[0, 0].cpu().numpy(), truth)
+    assert worst.max() <= 2.5, (x[worst.argmax()].item(), worst.max())
 
 
 def test_softplus_of_a_negative_logit_is_right_to_4_ulp(backend):

@@ -251,3 +251,47 @@ def test_anomaly_mode_and_hooks():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
         again = cece.cross_entropy(x, torch.randint(5, (4,)))
     again.backward()
+
+
+HALF_LOSSES = {  # the target that goes with logits x, and the loss
+    "labels": (lambda x: torch.arange(len(x)) % x.shape[1], cece.cross_entropy),
+    "probabilities": (lambda x: x.flip(0).softmax(1), cece.cross_entropy),
+    "logits": (lambda x: x.flip(0) > 0, cece.binary_cross_entropy_with_logits),
+    "on probabilities": (lambda x: x.flip(0) > 0.5, cece.binary_cross_entropy),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HALF_LOSSES)
+def test_half_precision_forward_mode_multiplies_before_it_rounds(name, dtype, reduction):
+    """Slopes of a mean over 4 million elements are below what float16 holds; their sum along a tangent is not."""
+    make_target, loss = HALF_LOSSES[name]
+    x, v = torch.randn(4096, 1000).to(dtype), torch.rand(4096, 1000).to(dtype)
+    x = x.sigmoid() if name == "on probabilities" else x
+    t = make_target(x)
+    value, change = jvp(lambda x: loss(x, t, reduction=reduction), (x,), (v,))
+    wide = x.double().requires_grad_()
+    exact = loss(wide, t.double() if t.is_floating_point() else t, reduction=reduction)
+    terms = torch.autograd.grad(exact.sum(), wide)[0] * v.double()
+    rest = tuple(range(value.dim(), 2))
+    truth, size = (a.sum(rest) if rest else a for a in (terms, terms.abs()))
+    # and the gradient with respect to grad_output, in double backward
+    u, g = x.clone().requires_grad_(), torch.ones_like(value).requires_grad_()
+    (first,) = torch.autograd.grad(loss(u, t, reduction=reduction), u, g, create_graph=True)
+    (of_g,) = torch.autograd.grad(first, g, v)
+    for ours in (change, of_g):
+        assert ours.dtype == torch.float32 and ((ours.double() - truth).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("name", ["labels", "logits"])
+def test_half_precision_forward_mode_over_17_million_elements(name):
+    """Each slope is below float16's smallest number."""
+    x = torch.zeros(2**24 + 2**20, 1 if name == "logits" else 2, dtype=torch.float16)
+    v = torch.zeros_like(x)
+    v[:, 0] = -1.0
+    if name == "logits":
+        loss = lambda x: cece.binary_cross_entropy_with_logits(x, torch.ones_like(x, dtype=torch.bool))  # noqa: E731
+    else:
+        loss = lambda x: cece.cross_entropy(x, torch.zeros(len(x), dtype=torch.uint8))  # noqa: E731
+    torch.testing.assert_close(jvp(loss, (x,), (v,))[1].item(), 0.5, rtol=1e-5, atol=0)

@@ -34,7 +34,7 @@ inline Layout layout_of(const Shape& s, const Operand& t) {
 // One element's loss and slope; w and p are 1 where absent.
 template <class Loss, class A>
 __device__ __forceinline__ A loss_of(A x, A y, A w, A p) {
-  const A loss = Loss::loss(x, y, p) * w;
+  const A loss = weighted(w, Loss::loss(x, y, p));
   const bool possible = !Loss::kProbabilities || (x >= A(0) && x <= A(1) && y >= A(0) && y <= A(1));
   return possible ? loss : std::numeric_limits<A>::quiet_NaN();
 }

@@ -40,6 +40,12 @@ __device__ __forceinline__ int64_t label(const CrossEntropyArgs& a, int64_t row)
     case Dtype::u8:
       y = static_cast<const uint8_t*>(a.labels)[row];
       break;
+    case Dtype::i8:
+      y = static_cast<const int8_t*>(a.labels)[row];
+      break;
+    case Dtype::i16:
+      y = static_cast<const int16_t*>(a.labels)[row];
+      break;
     case Dtype::i32:
       y = static_cast<const int32_t*>(a.labels)[row];
       break;
@@ -101,27 +107,30 @@ struct RowState<Target::hard, A> {
   __device__ __forceinline__ void merge(const RowState& o) { lse.merge(o.lse); }
 };
 
-// A row as one thread reads it.
+// A row as one thread reads it. Up to a thousand terms of masses and gaps: a plain sum of equal ones would drift.
 template <class S, Target K>
 struct Reader {
   using A = AccOf<S>;
   Tournament<A> logits;
-  TargetGaps<A> target;
+  LongSum<A> gaps, mass;
 
   template <int N>
   __device__ __forceinline__ void push(const A (&x)[N], const A (&q)[N]) {  // masses q, unused with a hard label
     const A before = logits.max;
     logits.push(x, ExpOf<S>());
     if (K == Target::hard) return;
-    target.rebase(before, logits.max);
+    gaps.add(times(mass.value(), gap(before, logits.max)));
+    TargetGaps<A> these;
 #pragma unroll
-    for (int i = 0; i < N; i++) target.push(q[i], x[i], logits.max);
+    for (int i = 0; i < N; i++) these.push(q[i], x[i], logits.max);
+    gaps.add(these.gaps);
+    mass.add(these.mass);
   }
   __device__ __forceinline__ RowState<K, A> state() const {
     if constexpr (K == Target::hard) {
       return {logits.log_sum_exp()};
     } else {
-      return {logits.log_sum_exp(), target};
+      return {logits.log_sum_exp(), {gaps.value(), mass.value()}};
     }
   }
 };
@@ -581,7 +590,9 @@ struct CrossEntropy {
     });
   }
 
-  static constexpr CrossEntropyKernels kernels = {forward_scratch, forward, backward};
+  static int compiled_for() { return cuda::compiled_for(forward_rows<S, Target::hard>); }
+
+  static constexpr CrossEntropyKernels kernels = {compiled_for, forward_scratch, forward, backward};
 };
 
 }  // namespace cece::cuda

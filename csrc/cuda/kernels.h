@@ -7,12 +7,13 @@ namespace cece::cuda {
 
 struct Device {
   int multiprocessors;
-  bool clusters;  // sm_90 and later
+  bool clusters;  // tune.h: has_clusters
   void* stream;   // a cudaStream_t
 };
 
 // Each function only launches. `scratch` is device memory of at least the size its _scratch function asks for.
 struct CrossEntropyKernels {
+  int (*compiled_for)();  // the architecture that the current device's code comes from, 90 for sm_90
   int64_t (*forward_scratch)(const CrossEntropyArgs&, const Device&);  // bytes
   void (*forward)(const CrossEntropyArgs&, const Device&, void* scratch);
   void (*backward)(const CrossEntropyArgs&, const Device&);

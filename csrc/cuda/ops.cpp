@@ -10,9 +10,14 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "../check.h"
 #include "kernels.h"
-#ifndef CECE_EMULATE
+#include "tune.h"
+#ifdef CECE_EMULATE
+#include "emulator.h"
+#else
 #include <cuda_runtime_api.h>
 #endif
 
@@ -21,16 +26,25 @@ namespace {
 
 #ifdef CECE_EMULATE
 // As many multiprocessors as an H100 has, so that the emulator takes the paths that it would.
-Device current_device(const Tensor&) { return {132, false, nullptr}; }
+Device current_device(const Tensor&) {
+  return {132, has_clusters(emulator::config().card_major, kF32.cross_entropy.compiled_for()), nullptr};
+}
 void check_launch() {}
 #else
+// Of the current device, asked once: its driver may have compiled the kernels from an older architecture's PTX.
+int compiled_for(int index) {
+  static std::array<std::atomic<int>, 128> known{};
+  std::atomic<int>& mine = known[index % known.size()];
+  if (mine == 0) mine = kF32.cross_entropy.compiled_for();
+  return mine;
+}
 Device current_device(const Tensor& t) {
   const int index = t.device().index();
   int multiprocessors = 0, major = 0;
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   const c10::impl::VirtualGuardImpl guard(t.device().type());
-  return {multiprocessors, major >= 9, guard.getStream(t.device()).native_handle()};
+  return {multiprocessors, has_clusters(major, compiled_for(index)), guard.getStream(t.device()).native_handle()};
 }
 void check_launch() {
   const cudaError_t error = cudaGetLastError();
@@ -54,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
   const c10::DeviceGuard guard(logits.device());
   CrossEntropyCall call = check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOutputs out = allocate_outputs(call);
-  const CrossEntropyKernels& k = kernels(call.acc, call.logits).cross_entropy;
+  const CrossEntropyKernels& k = kernels(call.shapes.acc, call.logits).cross_entropy;
   const Device device = current_device(logits);
   const Tensor memory = scratch(k.forward_scratch(call.args, device), logits);
   k.forward(call.args, device, memory.mutable_data_ptr());
@@ -69,7 +83,7 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
   CrossEntropyCall call =
       check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
   const auto held = check_saved(call, grad, stats, total_weight);
-  kernels(call.acc, call.logits).cross_entropy.backward(call.args, current_device(logits));
+  kernels(call.shapes.acc, call.logits).cross_entropy.backward(call.args, current_device(logits));
   check_launch();
 }
 
@@ -95,10 +109,8 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
   const c10::DeviceGuard guard(input.device());
   BinaryCrossEntropyCall call = check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction);
   BinaryCrossEntropyArgs& a = call.args;
-  const bool none = a.reduction == Reduction::none;
-  const auto options = input.options().dtype(call.acc);
-  Tensor loss = none ? at::empty(input.sizes(), options) : at::empty({}, options);
-  (none ? a.loss.data : a.reduced) = loss.mutable_data_ptr();
+  const Tensor loss = allocate_loss(input, call.acc, reduction);
+  (a.reduction == Reduction::none ? a.loss.data : a.reduced) = loss.mutable_data_ptr();
   const BinaryCrossEntropyKernels& k = kernels(call.acc, input).binary_cross_entropy;
   const Tensor memory = scratch(k.forward_scratch(a), input);
   k.forward(a, current_device(input), memory.mutable_data_ptr());

@@ -23,7 +23,17 @@ namespace cece::cuda {
 
 #ifdef CECE_EMULATE
 using ::emulator::launch;
+template <class Kernel>
+int compiled_for(Kernel*) {
+  return ::emulator::config().compiled_for;
+}
 #else
+// The architecture of the PTX that a kernel's code on the current device comes from; 0 where there is none.
+template <class Kernel>
+int compiled_for(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.ptxVersion : 0;
+}
 // cluster: how many blocks along y form a cluster (sm_90 and later), else 1.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, cudaStream_t stream, int cluster, A&&... args) {

@@ -54,6 +54,9 @@ inline RowLaunch row_launch(int64_t bytes) {
 constexpr int64_t kPartBytes = 2 * kMaxThreads * kPacks * 16;
 constexpr int kMaxCluster = 8, kMaxParts = 1024;
 
+// Whether merge_cluster is in the code: what a driver makes of an older card's PTX has none, however new the card.
+inline bool has_clusters(int card_major, int compiled_for) { return card_major >= 9 && compiled_for >= 90; }
+
 inline int row_parts(int64_t rows, int64_t bytes, int multiprocessors) {
   if (rows == 0 || row_launch(bytes).lanes < kMaxThreads) return 1;
   const int64_t wanted = kMinBlocks * multiprocessors / rows, useful = bytes / kPartBytes;

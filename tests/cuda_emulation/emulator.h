@@ -114,6 +114,8 @@ enum class Order { forward, reverse, random };
 struct Config {
   Order order = Order::random;
   uint64_t seed = 1;
+  int card_major = 8;        // the compute capability that the card says it has, without clusters
+  int compiled_for = 80;     // and the one that its code was compiled for
   size_t stack = 128 << 10;  // bytes a fiber
   size_t shared = 48 << 10;  // bytes a block, what every GPU grants without asking
 };

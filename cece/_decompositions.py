@@ -1,0 +1,116 @@
+"""The operators in plain torch, for an exported program that shall need no operator of ours.
+
+``program.run_decompositions(cece.decompositions())`` ends in core ATen. The values are those of ``csrc/numerics.h`` as far
+as the dtype that sums are formed in goes; tiny losses are as exact as torch's, not as ours.
+"""
+
+import torch
+
+from . import ops
+
+
+def _acc(*tensors):
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class _Rows:
+    """One call of cross-entropy: the masses q_j = w_j ((1 - s) t_j + s / C) of each row."""
+
+    def __init__(self, logits, target, weight, ignore_index, label_smoothing):
+        soft = target.dim() == logits.dim()
+        self.dim = dim = 0 if logits.dim() == 1 else 1
+        acc = _acc(logits, target if soft else None)
+        self.x, classes = logits.to(acc), logits.shape[dim]
+        by_class = (-1, *(1,) * (logits.dim() - 1 - dim))
+        if soft:
+            self.used, one = None, target.to(acc)
+        else:
+            self.used = (target != ignore_index).unsqueeze(dim)
+            index = torch.arange(classes, device=logits.device).reshape(by_class)
+            one = (target.unsqueeze(dim) == index).to(acc)
+        w = 1 if weight is None else weight.to(acc).reshape(by_class)
+        self.q = (one * (1 - label_smoothing) + label_smoothing / classes) * w
+        self.label_weight = (one * w).sum(dim)
+
+    def only_used(self, a):
+        return a if self.used is None else torch.where(self.used, a, 0)
+
+
+def cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, inplace_backward=False):
+    r = _Rows(logits, target, weight, ignore_index, label_smoothing)
+    top = r.x.amax(r.dim, keepdim=True)
+    gap = torch.where(r.x == top, 0, top - r.x)
+    log_sum = (-gap).exp().sum(r.dim, keepdim=True).log()
+    loss = torch.where(r.q == 0, 0, r.q * (gap + log_sum)).sum(r.dim, keepdim=True)
+    mass = r.q.sum(r.dim, keepdim=True)
+    loss, *stats = (r.only_used(a).squeeze(r.dim) for a in (loss, top, log_sum, mass))
+    stats = torch.stack(stats)
+    if reduction == ops.NONE:
+        return loss, stats, torch.ones_like(loss.sum())
+    if reduction == ops.SUM or r.used is None:
+        total = torch.ones_like(loss).sum()
+    else:
+        total = (r.label_weight * r.used.squeeze(r.dim)).sum()
+    return (loss.sum() / total if reduction == ops.MEAN else loss.sum()), stats, total
+
+
+def cross_entropy_backward(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing):
+    r = _Rows(logits, target, weight, ignore_index, label_smoothing)
+    top, log_sum, mass = (a.unsqueeze(r.dim) for a in stats.unbind(0))
+    g = grad.unsqueeze(r.dim) if reduction == ops.NONE else grad / total_weight if reduction == ops.MEAN else grad
+    p = (-(torch.where(r.x == top, 0, top - r.x) + log_sum)).exp()
+    return r.only_used(g * (p * mass - r.q)).to(logits.dtype)
+
+
+def _softplus(x):  # of both signs: log(1 + e^x), log(1 + e^-x)
+    rest = (-x.abs()).exp().log1p()
+    return x.clamp_min(0) + rest, (-x).clamp_min(0) + rest
+
+
+def _reduced(loss, reduction):
+    return loss if reduction == ops.NONE else loss.mean() if reduction == ops.MEAN else loss.sum()
+
+
+def binary_cross_entropy_forward(input, target, weight, pos_weight, with_logits, reduction):
+    acc = _acc(input, target, weight)
+    x, y = input.to(acc), target.to(acc)
+    if with_logits:
+        up, down = _softplus(x)
+        positive = y if pos_weight is None else y * pos_weight.to(acc)
+        loss = torch.where(y == 1, 0, (1 - y) * up) + torch.where(positive == 0, 0, positive * down)
+    else:
+        loss = -y * x.log().clamp_min(-100) - (1 - y) * (-x).log1p().clamp_min(-100)
+    return _reduced(loss if weight is None else loss * weight.to(acc), reduction)
+
+
+def binary_cross_entropy_backward(grad, input, target, weight, pos_weight, with_logits, reduction):
+    acc = _acc(input, target, weight)
+    x, y = input.to(acc), target.to(acc)
+    if with_logits:
+        positive = y if pos_weight is None else y * pos_weight.to(acc)
+        slope = (1 - y) * x.sigmoid() - positive * (-x).sigmoid()
+    else:
+        slope = (x - y) / ((1 - x) * x).clamp_min(1e-12)
+    slope = slope if weight is None else slope * weight.to(acc)
+    return (grad * slope / (input.numel() if reduction == ops.MEAN else 1)).to(input.dtype)
+
+
+def decompositions():
+    """A table for ``ExportedProgram.run_decompositions`` and AOTAutograd that leaves none of cece's operators.
+
+    torch's default table to core ATen, and beside it one entry for each of ours. Without it an exported program keeps
+    cece's operators, and with them its kernels: whoever loads it needs cece.
+
+    Returns:
+        A dict-like of operator to function.
+    """
+    table = torch.export.default_decompositions()
+    table.update(
+        {
+            ops.CROSS_ENTROPY: cross_entropy_forward,
+            ops.CROSS_ENTROPY_BACKWARD: cross_entropy_backward,
+            ops.BCE: binary_cross_entropy_forward,
+            ops.BCE_BACKWARD: binary_cross_entropy_backward,
+        }
+    )
+    return table
