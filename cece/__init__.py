@@ -7,11 +7,12 @@ Binary         either: two logits and a label, or one logit and a truth
 ``binary_cross_entropy`` takes *probabilities*: like ``torch.nn.BCELoss`` it applies no sigmoid.
 """
 
-from ._load import build_info, load
+from ._load import build_info, empty_cache, load
 
 load()
 
 from . import ops, reference  # noqa: E402, F401
+from ._decompositions import decompositions  # noqa: E402
 from .functional import (  # noqa: E402
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -30,4 +31,6 @@ __all__ = [
     "build_info",
     "check_targets",
     "cross_entropy",
+    "decompositions",
+    "empty_cache",
 ]

@@ -1,7 +1,7 @@
 """The operators in plain torch, for an exported program that shall need no operator of ours.
 
-``program.run_decompositions(cece.decompositions())`` ends in core ATen. The values are those of ``csrc/numerics.h`` as far
-as the dtype that sums are formed in goes; tiny losses are as exact as torch's, not as ours.
+``program.run_decompositions(cece.decompositions())`` ends in core ATen. The values are those of ``csrc/numerics.h`` to the
+dtype that sums are formed in; tiny losses are as exact as torch's, not as ours.
 """
 
 import torch

@@ -41,3 +41,13 @@ def build_info():
     from . import _C
 
     return _C.build_info()
+
+
+def empty_cache():
+    """Gives back to the system the CPU memory that is kept for the next large gradients, at most two blocks of it.
+
+    It is given back by itself where an allocation fails; under memory pressure the system takes its pages unasked.
+    """
+    from . import _C
+
+    _C.empty_cache()

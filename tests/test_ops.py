@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
@@ -87,6 +88,18 @@ LAYOUTS = {
     "sliced": lambda *s: torch.randn(*s[:-1], 2 * s[-1])[..., ::2],
     "expanded": lambda *s: torch.randn(1, *s[1:]).expand(s),
 }
+
+
+def test_fake_strides_where_no_dimensions_merge():
+    """13 of them: the real gradient is contiguous, and so is the fake one."""
+    x = torch.randn((2,) * 13).permute(12, 1, 10, 3, 8, 5, 6, 7, 4, 9, 2, 11, 0)
+    t, mode = torch.zeros((2,) * 12, dtype=torch.long), FakeTensorMode()
+    forward = x, t, None, ops.MEAN, -100, 0.0
+    real = cece_ops.cross_entropy_forward(*forward)
+    backward = torch.ones(()), x, t, None, *real[1:], ops.MEAN, -100, 0.0
+    same_meta(mode, cece_ops.cross_entropy_backward, backward, cece_ops.cross_entropy_backward(*backward))
+    backward = torch.ones(()), x, x, None, None, True, ops.MEAN
+    same_meta(mode, cece_ops.binary_cross_entropy_backward, backward, cece_ops.binary_cross_entropy_backward(*backward))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -215,6 +228,115 @@ def test_compile_dynamic_classes_and_pixels():
         torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
 
 
+def every_input(n):
+    return [torch.randn(n, 5), torch.rand(n, 5), torch.rand(5), torch.rand(5)]
+
+
+ALL_GRADIENTS = {  # a loss of inputs that all require a gradient, and how many of every_input's it takes
+    "probabilities": (2, lambda m, x, t: m.cross_entropy(x, t)),
+    "probabilities, weight, smoothing": (3, lambda m, x, t, w: m.cross_entropy(x, t, w, label_smoothing=0.1)),
+    "probabilities, none": (3, lambda m, x, t, w: m.cross_entropy(x, t, w, reduction="none").square().sum()),
+    "labels": (1, lambda m, x: m.cross_entropy(x, torch.arange(len(x)) % 5, label_smoothing=0.1)),
+    "BCE": (2, lambda m, x, t: m.binary_cross_entropy_with_logits(x, t)),
+    "BCE, weights": (4, lambda m, x, t, w, p: m.binary_cross_entropy_with_logits(x, t, w, pos_weight=p)),
+    "BCE, a weight a row": (
+        3,
+        lambda m, x, t, w: m.binary_cross_entropy_with_logits(x, t, w.sum() * t.detach()[:, :1], reduction="sum"),
+    ),
+    "on probabilities": (3, lambda m, x, t, w: m.binary_cross_entropy(x.sigmoid(), t, w)),
+}
+DERIVATIVES = {
+    "gradients": lambda f, args: torch.func.grad(f, tuple(range(len(args))))(*args),
+    "forward mode": lambda f, args: torch.func.jvp(f, args, tuple(torch.ones_like(a) for a in args))[1],
+    "second order": lambda f, args: torch.func.grad(
+        lambda *a: sum(g.square().sum() for g in torch.func.grad(f, tuple(range(len(a))))(*a)), tuple(range(len(args)))
+    )(*args),
+    "forward over reverse": lambda f, args: torch.func.jvp(
+        torch.func.grad(f), args, tuple(torch.ones_like(a) for a in args)
+    )[1],
+}
+
+
+SECOND = ("probabilities, weight, smoothing", "BCE, weights", "on probabilities")
+
+
+@pytest.mark.parametrize(
+    "derivative, case",
+    [(d, c) for d in DERIVATIVES for c in (ALL_GRADIENTS if d in ("gradients", "forward mode") else SECOND)],
+)
+def test_compile_dynamic_shapes_of_every_derivative(case, derivative):
+    """Several batch sizes, no more than one recompilation: the first size is taken for a constant, the second is not."""
+    count, loss = ALL_GRADIENTS[case]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run(*args):
+        return DERIVATIVES[derivative](lambda *a: loss(cece, *a), args)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for n in (10, 11, 12, 15):
+        args = tuple(every_input(n)[:count])
+        torch.testing.assert_close(compiled(*args), run(*args))
+    assert counter.frame_count <= 2
+
+
+def test_compile_dynamic_classes_of_every_derivative():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    loss = ALL_GRADIENTS["probabilities, weight, smoothing"][1]
+
+    def run(*args):
+        return torch.func.grad(lambda *a: loss(cece, *a), (0, 1, 2))(*args)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for c in (5, 6, 9, 60, 7):
+        args = torch.randn(4, c), torch.rand(4, c), torch.rand(c)
+        torch.testing.assert_close(compiled(*args), run(*args))
+    assert counter.frame_count <= 2
+
+
+# ---- compiled autograd: the backward graph is captured and compiled as a whole
+
+
+@pytest.mark.parametrize("case", ALL_GRADIENTS)
+def test_compiled_autograd(case):
+    """One graph for all batch sizes but the first, every gradient as without."""
+    count, loss = ALL_GRADIENTS[case]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiler = torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    for n in (6, 7, 9, 12):
+        leaves = [v.requires_grad_() for v in every_input(n)[:count]]
+        expected = torch.autograd.grad(loss(cece, *leaves), leaves)
+        value = loss(cece, *(v * 1 for v in leaves))
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            value.backward()
+        torch.testing.assert_close([v.grad for v in leaves], list(expected))
+    assert 1 <= counter.frame_count <= 2
+
+
+def test_compiled_autograd_with_hooks_and_in_place():
+    """Saved through hooks, and where the gradient would overwrite what another node saved."""
+    x, y = torch.randn(6, 5).requires_grad_(), torch.randint(5, (6,))
+
+    def hooked(h):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t * 1):
+            return cece.cross_entropy(h, y)
+
+    def in_place(h):
+        return cece.cross_entropy(h, y, inplace_backward=True)
+
+    def two_users(h):
+        return cece.cross_entropy(h, y, inplace_backward=True) + h.logsumexp(1).sum()
+
+    for f in (hooked, in_place, two_users):
+        plain = x * 1
+        rest = plain.logsumexp(1).sum() if f is two_users else 0
+        expected = torch.autograd.grad(cece.cross_entropy(plain, y) + rest, x)[0]
+        x.grad = None
+        value = f(x * 1)
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            value.backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
 def test_compile_vmap_of_grad():
     def f(x, t):
         return vmap(grad(lambda a, b: cece.cross_entropy(a, b, label_smoothing=0.1)))(x, t)
@@ -277,6 +399,49 @@ def test_export(dynamic, tmp_path):
         args = torch.randn(13, 7), torch.randint(60, (13,)), torch.rand(13, 60)
         torch.testing.assert_close(loaded(*args), model(*args))
     assert any("cece" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_exported_program_can_end_in_core_aten(dynamic):
+    """For who wants none of our operators in it; without the table they stay."""
+    model = Loss()
+    n = torch.export.Dim("n", min=2, max=100)
+    shapes = {"x": {0: n}, "y": {0: n}, "z": {0: n}} if dynamic else None
+    args = torch.randn(9, 7), torch.randint(60, (9,)), torch.rand(9, 60)
+    program = torch.export.export(model, args, dynamic_shapes=shapes)
+    assert any("cece" in str(node.target) for node in program.run_decompositions().graph.nodes)
+    core = program.run_decompositions(cece.decompositions())
+    operators = [node.target for node in core.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert len(operators) > 5
+    assert not [op for op in operators if op.namespace != "aten" or torch.Tag.core not in op.tags]
+    for m in (9, 13) if dynamic else (9,):
+        args = torch.randn(m, 7), torch.randint(60, (m,)), torch.rand(m, 60)
+        args[1][0] = -100
+        torch.testing.assert_close(core.module()(*args), model(*args))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if not name.endswith("_")])
+def test_decompositions_are_the_operators(name):
+    """Values, shapes and dtypes of every output, over the cases of opcheck and more."""
+    op, makers = OPERATORS[name]
+    rule = cece.decompositions()[op]
+    shapes, dtypes = [(6, 5), (6, 60), (2, 5, 4)], [torch.float64, torch.float32, torch.bfloat16]
+    if name.startswith("cross"):
+        make = forward_args if name.endswith("forward") else backward_args
+        options = itertools.product(shapes, dtypes, [False, True], [False, True], [0, 1, 2], [0.0, 0.1])
+    else:
+        make = binary_args if name.endswith("forward") else binary_backward_args
+        options = itertools.product(shapes, dtypes, [torch.bool, torch.float32], [0, 1, 2], [True, False])
+    for option in options:
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in make(*option)]
+        labels = next((a for a in args if isinstance(a, torch.Tensor) and a.dtype == torch.long), None)
+        if labels is not None and name == "cross_entropy_forward":
+            labels.view(-1)[0] = -100
+        ours, theirs = op(*args), rule(*args)
+        ours, theirs = (r if isinstance(r, tuple) else (r,) for r in (ours, theirs))
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            torch.testing.assert_close(a, b)
 
 
 # ---- autocast

@@ -61,22 +61,17 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Memory for gradients: large ones from pages.h. Where the system has none left, what is kept there is let go first.
 // resize_ and untyped_storage().resize_() of a gradient come here again.
 struct GradientAllocator final : c10::Allocator {
-  struct Block {
-    void* start;
-    size_t bytes;
-  };
-  static void free(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    c10::reportMemoryUsageToProfiler(block->start, -int64_t(block->bytes), 0, 0, c10::Device(c10::kCPU));
-    Pages::global().give_back(block->start, block->bytes);
+  static void free(void* start) {
+    const size_t bytes = Pages::global().give_back(start);
+    c10::reportMemoryUsageToProfiler(start, -int64_t(bytes), 0, 0, c10::Device(c10::kCPU));
   }
   c10::DataPtr allocate(size_t bytes) override {
-    const c10::Device cpu(c10::kCPU);
     void* const start = bytes < Pages::kLeast ? nullptr : Pages::global().take(bytes);
     if (!start) return c10::GetCPUAllocator()->allocate(bytes);
-    c10::reportMemoryUsageToProfiler(start, int64_t(bytes), 0, bytes, cpu);
-    return {start, new Block{start, bytes}, &free, cpu};
+    c10::reportMemoryUsageToProfiler(start, int64_t(bytes), 0, bytes, c10::Device(c10::kCPU));
+    return {start, start, &free, c10::Device(c10::kCPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 namespace cece::cpu {
@@ -27,36 +28,32 @@ class Pages {
   // At least `bytes` of memory on a huge page's boundary, or null where there is none.
   void* take(size_t bytes) {
     if (bytes > SIZE_MAX / 2) return nullptr;
-    bytes = rounded(bytes);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (auto block = kept_.begin(); block != kept_.end(); ++block) {
-        if (block->bytes != bytes) continue;
-        void* start = block->start;
-        kept_.erase(block);
-        return start;
-      }
+    const size_t whole = rounded(bytes);
+    std::lock_guard<std::mutex> lock(mutex_);
+    void* start = nullptr;
+    for (auto block = kept_.begin(); block != kept_.end(); ++block) {
+      if (block->bytes != whole) continue;
+      start = block->start;
+      kept_.erase(block);
+      break;
     }
-    void* mapped = map(bytes + kHuge);
-    if (mapped == MAP_FAILED) {
-      drop();
-      mapped = map(bytes + kHuge);
+    if (!start) start = map(whole);
+    if (!start) {
+      drop_all_but(0);
+      start = map(whole);
     }
-    if (mapped == MAP_FAILED) return nullptr;
-    char* first = static_cast<char*>(mapped);
-    char* start = first + (kHuge - reinterpret_cast<size_t>(first) % kHuge) % kHuge;
-    if (start > first) munmap(first, start - first);
-    munmap(start + bytes, first + kHuge - start);
-    madvise(start, bytes, MADV_HUGEPAGE);  // advice: nothing depends on it
+    if (start) taken_[start] = bytes;
     return start;
   }
 
-  void give_back(void* start, size_t bytes) {
-    bytes = rounded(bytes);
-    madvise(start, bytes, MADV_FREE);
+  // Returns how many bytes were taken.
+  size_t give_back(void* start) {
     std::lock_guard<std::mutex> lock(mutex_);
-    kept_.push_back({start, bytes});
+    const size_t bytes = taken_.extract(start).mapped();
+    madvise(start, rounded(bytes), MADV_FREE);
+    kept_.push_back({start, rounded(bytes)});
     drop_all_but(kKept);
+    return bytes;
   }
 
   void drop() {
@@ -70,7 +67,14 @@ class Pages {
     size_t bytes;
   };
   static void* map(size_t bytes) {
-    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* mapped = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) return nullptr;
+    char* first = static_cast<char*>(mapped);
+    char* start = first + (kHuge - reinterpret_cast<size_t>(first) % kHuge) % kHuge;
+    if (start > first) munmap(first, start - first);
+    munmap(start + bytes, first + kHuge - start);
+    madvise(start, bytes, MADV_HUGEPAGE);  // advice: nothing depends on it
+    return start;
   }
   void drop_all_but(size_t n) {  // the oldest first
     for (; kept_.size() > n; kept_.erase(kept_.begin())) munmap(kept_.front().start, kept_.front().bytes);
@@ -79,6 +83,7 @@ class Pages {
 
   std::mutex mutex_;
   std::vector<Block> kept_;  // the oldest first
+  std::unordered_map<void*, size_t> taken_;
 };
 
 }  // namespace cece::cpu
