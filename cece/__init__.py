@@ -7,9 +7,10 @@ Binary         either: two logits and a label, or one logit and a truth
 ``binary_cross_entropy`` takes *probabilities*: like ``torch.nn.BCELoss`` it applies no sigmoid.
 """
 
-from ._load import build_info, load
+from . import _load
+from ._load import build_info
 
-load()
+_load.load()
 
 from . import ops, reference  # noqa: E402, F401
 from .functional import (  # noqa: E402
