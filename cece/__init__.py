@@ -13,6 +13,7 @@ from ._load import build_info
 _load.load()
 
 from . import ops, reference  # noqa: E402, F401
+from ._patch import patch  # noqa: E402
 from .functional import (  # noqa: E402
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -31,4 +32,5 @@ __all__ = [
     "build_info",
     "check_targets",
     "cross_entropy",
+    "patch",
 ]

@@ -25,7 +25,7 @@ def scripted_as(twin: Callable[..., object]) -> Callable[[_F], _F]:
 
 
 def check_reduction(loss: str, reduction: str) -> None:
-    if reduction not in ["mean", "sum", "none", "elementwise_mean"]:
+    if not isinstance(reduction, str) or reduction not in ["mean", "sum", "none", "elementwise_mean"]:
         if torch.jit.is_scripting():
             raise ValueError(f"cece.{loss}: reduction must be 'none', 'mean' or 'sum', got '{reduction}'")
         else:

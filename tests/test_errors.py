@@ -320,7 +320,11 @@ WRONG_TYPES = {  # argument: functions, what it must be, what it is not
     "weight": ([CE, BCE, PROBS], A_WEIGHT, WEIGHTS),
     "pos_weight": ([BCE], A_WEIGHT, WEIGHTS),
     "ignore_index": ([CE], AN_INT, [None, 3.0, "3", [3], True, np.float64(3), np.bool_(1), np.array([3]), x(1), x(2)]),
-    "label_smoothing": ([CE], A_FLOAT, [None, "0.1", [0.1], 1j, np.array([0.1]), x(1), x().requires_grad_()]),
+    "label_smoothing": (
+        [CE],
+        A_FLOAT,
+        [None, "0.1", [0.1], 1j, np.array([0.1]), x(1), torch.tensor(0.1, requires_grad=True)],
+    ),
     "inplace_backward": ([CE], "a bool", [None, 3, "yes", 1.0, torch.tensor(True)]),
     "reduction": ([CE, BCE, PROBS], "'none', 'mean' or 'sum'", [torch.tensor(1), np.zeros(3)]),
 }
