@@ -6,6 +6,7 @@ would refuse, goes to torch's own function.
 
 import functools
 import threading
+import types
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
@@ -23,6 +24,7 @@ from ._load import build_info
 _DEVICES = ("cpu", "meta", "cuda") if build_info()["cuda_archs"] else ("cpu", "meta")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
+_OVERRIDDEN = "__torch_function__ of a subclass, an object or a mode"
 
 # ---- what torch's functions return. A plan is called as torch's function is and tells its result's dtype, or in a few
 # words why the call is torch's to take or to refuse. tests/test_patch.py compares them with torch over all dtypes.
@@ -30,9 +32,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 def _why_torch(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None = None) -> str | None:
     if has_torch_function_variadic(input, target, weight, pos_weight) and (
-        torch.compiler.is_compiling() or _overridden(input, target, weight, pos_weight)
+        torch.compiler.is_dynamo_compiling() or _overridden(input, target, weight, pos_weight)
     ):
-        return "__torch_function__ of a subclass, an object or a mode"
+        return _OVERRIDDEN
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     if input.device.type not in _DEVICES:
@@ -48,7 +50,9 @@ def _why_torch(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight:
 def _overridden(*tensors: Tensor | None) -> bool:
     """Whether anybody has something to say here; the mode that torch.set_default_device installs has not."""
     modes = _get_current_function_mode_stack()
-    return bool(_get_overloaded_args(tensors)) or any(type(mode) is not DeviceContext for mode in modes)
+    return any(type(mode) is not DeviceContext for mode in modes) or any(
+        type(t) is not Tensor for t in _get_overloaded_args(tensors)
+    )
 
 
 def _seen(t: Tensor) -> torch.dtype:
@@ -119,6 +123,9 @@ _PLANS: dict[str, Callable[..., torch.dtype | str]] = {
 
 # ---- the functions put in torch's place
 
+_NAMES = dict(vars(F))
+_THEIRS: dict[str, Any] = {name: _NAMES[name] for name in _PLANS}
+
 _lock = threading.RLock()
 _patches = 0  # how many are in force
 _calls: dict[str, Counter[str]] = {name: Counter() for name in _PLANS}
@@ -134,7 +141,10 @@ setattr(_count, "_dynamo_marked_constant", True)  # noqa: B010, a function has n
 
 
 def _route(name: str, plan: Callable[..., torch.dtype | str]) -> Callable[..., Tensor]:
-    theirs, ours = getattr(F, name), getattr(functional, name)
+    theirs, ours = _THEIRS[name], getattr(functional, name)
+    # torch's function names itself to __torch_function__ by its module's global, which is ours while patched. This copy
+    # keeps the names as they were.
+    overridable = types.FunctionType(theirs.__code__, _NAMES, name, theirs.__defaults__)
 
     def cece(dtype: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = ours(*args, **kwargs)
@@ -144,7 +154,7 @@ def _route(name: str, plan: Callable[..., torch.dtype | str]) -> Callable[..., T
     def loss(*args: Any, **kwargs: Any) -> Tensor:
         if not _patches:  # somebody kept this function
             return theirs(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             planned = plan(*args, **kwargs)
             if isinstance(planned, str):
                 _count(name, f"torch, compiled: {planned}")
@@ -160,14 +170,15 @@ def _route(name: str, plan: Callable[..., torch.dtype | str]) -> Callable[..., T
         except Exception as e:  # torch may take it, or has its own words for what is wrong
             why = f"refused, {type(e).__name__}: {e}".partition("\n")[0]
         _count(name, f"torch: {why}")
-        return theirs(*args, **kwargs)
+        return overridable(*args, **kwargs)
 
+    loss.__module__ = __name__  # where pickle finds it
     setattr(loss, "__prepare_scriptable__", lambda: theirs)  # noqa: B010, a function has no such attribute
     return loss
 
 
-_THEIRS = {name: getattr(F, name) for name in _PLANS}
 _OURS = {name: _route(name, plan) for name, plan in _PLANS.items()}
+globals().update(_OURS)
 
 
 class patch:
@@ -200,6 +211,11 @@ class patch:
             self._in_force = True
             _patches += 1
             if _patches == 1:
+                # torch.compile lists torch's functions, which it does not look into, when it is first used: now, so
+                # that the list has torch's own.
+                from torch._dynamo.trace_rules import get_torch_obj_rule_map  # a second to import
+
+                get_torch_obj_rule_map()
                 for name, function in _OURS.items():
                     if getattr(F, name) is _THEIRS[name]:
                         setattr(F, name, function)
