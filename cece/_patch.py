@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext
 
 from . import functional
 from ._load import build_info
+from ._script import constant_when_compiled
 
 _DEVICES = ("cpu", "meta", "cuda") if build_info()["cuda_archs"] else ("cpu", "meta")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -131,13 +132,10 @@ _patches = 0  # how many are in force
 _calls: dict[str, Counter[str]] = {name: Counter() for name in _PLANS}
 
 
+@constant_when_compiled
 def _count(name: str, where: str) -> None:
     with _lock:
         _calls[name][where] += 1
-
-
-# torch.compile calls it once, while it traces, and takes the result for a constant.
-setattr(_count, "_dynamo_marked_constant", True)  # noqa: B010, a function has no such attribute
 
 
 def _route(name: str, plan: Callable[..., torch.dtype | str]) -> Callable[..., Tensor]:

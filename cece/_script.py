@@ -24,6 +24,15 @@ def scripted_as(twin: Callable[..., object]) -> Callable[[_F], _F]:
     return mark
 
 
+def constant_when_compiled(function: _F) -> _F:
+    """torch.compile calls the function while it traces and takes what it returns for a constant.
+
+    What torch.compiler.assume_constant_result does, which takes a second to import all of torch.compile.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010, a function has no such attribute
+    return function
+
+
 def check_reduction(loss: str, reduction: str) -> None:
     if not isinstance(reduction, str) or reduction not in ["mean", "sum", "none", "elementwise_mean"]:
         if torch.jit.is_scripting():
@@ -42,9 +51,14 @@ def _refuse_reduction(loss: str, reduction: object) -> NoReturn:
 def reduction_number(loss: str, size_average: bool | None, reduce: bool | None, reduction: str) -> int:
     """torch's number of a reduction: 0 none, 1 mean, 2 sum. Its deprecated names are torch's to read and to warn of."""
     if size_average is not None or reduce is not None:
-        return _Reduction.legacy_get_enum(size_average, reduce)
+        return _legacy_number(size_average, reduce)
     check_reduction(loss, reduction)
     return _Reduction.get_enum(reduction)
+
+
+@constant_when_compiled
+def _legacy_number(size_average: bool | None, reduce: bool | None) -> int:
+    return _Reduction.legacy_get_enum(size_average, reduce)
 
 
 def cross_entropy(
