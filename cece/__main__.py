@@ -104,7 +104,8 @@ def _checks(device):
             yield f"accuracy {name} {str(dtype)[6:]}", accurate
 
 
-def verify():
+def verify() -> int:
+    """Runs every check, prints a line each; 1 if any failed, else 0."""
     devices = [
         "cpu",
         *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cece.build_info()["cuda_archs"] else 0)),
@@ -130,12 +131,13 @@ def verify():
     return 1 if failures else 0
 
 
-def main():
+def main() -> int:
+    """The command line: python -m cece."""
     if sys.argv[1:2] == ["run"]:  # what follows is the program's
         return run(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m cece",
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         epilog="python -m cece run SCRIPT ARGS... (or -m MODULE ARGS...): a program with torch's losses made cece's",
     )
     parser.add_argument("--version", action="version", version=f"cece {cece.__version__}")

@@ -12,6 +12,8 @@ __all__ = ["BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
 class _Shown(torch.nn.Module):
     """repr with all that decides the loss: the buffers' shapes, the options' values."""
 
+    __constants__: list[str]
+
     def extra_repr(self) -> str:
         buffers = {name: None if b is None else tuple(b.shape) for name, b in self._buffers.items()}
         options = {name: getattr(self, name) for name in self.__constants__}
@@ -24,7 +26,7 @@ class CrossEntropyLoss(_Shown, torch.nn.CrossEntropyLoss):
     Shapes, dtypes and errors are the function's. ``weight`` is a buffer, as in torch.
     """
 
-    __constants__ = ["ignore_index", "reduction", "label_smoothing", "inplace_backward"]
+    __constants__: list[str] = ["ignore_index", "reduction", "label_smoothing", "inplace_backward"]
     inplace_backward: bool = False  # also where __init__ was not ours: a subclass that calls torch's, a torch module
 
     def __init__(
@@ -60,7 +62,7 @@ class BCEWithLogitsLoss(_Shown, torch.nn.BCEWithLogitsLoss):
     Takes *logits* and applies the sigmoid. ``weight`` and ``pos_weight`` are buffers, as in torch.
     """
 
-    __constants__ = ["reduction"]
+    __constants__: list[str] = ["reduction"]
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class BCELoss(_Shown, torch.nn.BCELoss):
     :class:`BCEWithLogitsLoss`. ``weight`` is a buffer, as in torch.
     """
 
-    __constants__ = ["reduction"]
+    __constants__: list[str] = ["reduction"]
 
     def __init__(
         self,
