@@ -66,8 +66,9 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m cece
 	@touch $@
 
+# --ignore-installed: where the parent has them, pip would not put their commands into this environment.
 $(VENV)/tools: $(VENV)/torch
-	$(PIP) ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 'pyright[nodejs]==1.1.414'
+	$(PIP) --ignore-installed ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 'pyright[nodejs]==1.1.414'
 	@touch $@
 
 clean:
