@@ -45,6 +45,8 @@ def _why_torch(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight:
             return f"{name} is not strided"
         if t is not None and name != "target" and t.dtype not in _FLOATS:
             return f"{name} is {t.dtype}"
+        if t is not None and name.endswith("weight") and t.requires_grad:
+            return f"{name} requires grad"  # which torch refuses, but for probability targets
     return None
 
 
