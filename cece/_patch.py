@@ -25,7 +25,6 @@ from ._script import constant_when_compiled
 _DEVICES = ("cpu", "meta", "cuda") if build_info()["cuda_archs"] else ("cpu", "meta")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
-_OVERRIDDEN = "__torch_function__ of a subclass, an object or a mode"
 
 # ---- what torch's functions return. A plan is called as torch's function is and tells its result's dtype, or in a few
 # words why the call is torch's to take or to refuse. tests/test_patch.py compares them with torch over all dtypes.
@@ -35,7 +34,7 @@ def _why_torch(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight:
     if has_torch_function_variadic(input, target, weight, pos_weight) and (
         torch.compiler.is_dynamo_compiling() or _overridden(input, target, weight, pos_weight)
     ):
-        return _OVERRIDDEN
+        return "__torch_function__ of a subclass, an object or a mode"
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     if input.device.type not in _DEVICES:

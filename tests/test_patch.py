@@ -201,6 +201,13 @@ def test_torch_function_sees_torchs_own_function(patched):
     torch.testing.assert_close(loss, TORCHS["cross_entropy"](X, Y))
 
 
+def test_another_device_is_torchs(patched, monkeypatch):
+    monkeypatch.setattr(cece._patch, "_DEVICES", ("cuda",))  # as if this one were MPS, say
+    before = patched.calls
+    torch.testing.assert_close(F.cross_entropy(X, Y), TORCHS["cross_entropy"](X, Y), rtol=0, atol=0)
+    assert went(patched, before, "cross_entropy") == {"torch: device cpu": 1}
+
+
 def test_a_default_device_is_no_obstacle(patched):
     before = patched.calls
     with torch.device("cpu"):
