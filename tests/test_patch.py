@@ -436,6 +436,22 @@ def test_run_of_modules_folders_and_nothing(program, tmp_path):
     )
 
 
+def test_run_of_a_compiled_model(tmp_path):
+    """In a process that has compiled nothing before: torch.compile must not take the patched function for torch's."""
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+        import torch
+        model, loss = torch.nn.Linear(7, 5), torch.nn.CrossEntropyLoss()
+        step = torch.compile(lambda x, y: loss(model(x), y), fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            step(torch.randn(6, 7), torch.arange(6) % 5).backward()
+        """)
+    )
+    (code, _, errors), report = python(tmp_path, "-m", "cece", "run", "script.py")
+    assert code == 0, errors
+    assert report == ["cece run: cross_entropy: 1 calls", "cece run:         1 by cece, compiled"]
+
+
 def test_a_syntax_error(tmp_path):
     (tmp_path / "bad.py").write_text("def (:\n")
     theirs, _ = python(tmp_path, "bad.py")
