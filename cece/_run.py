@@ -96,7 +96,8 @@ def _hide_frames_above(e: BaseException) -> None:
 def _report(patched: patch) -> None:
     called = {name: counts for name, counts in patched.calls.items() if counts}
     for name, counts in called.items():
-        print(f"cece run: {name}: {sum(counts.values())} calls", file=sys.stderr)
+        total = sum(counts.values())
+        print(f"cece run: {name}: {total} call{'s' if total > 1 else ''}", file=sys.stderr)
         for where, number in sorted(counts.items(), key=lambda item: -item[1]):
             print(f"cece run: {number:9} by {where}", file=sys.stderr)
     if not called:

@@ -449,7 +449,7 @@ def test_run_of_a_compiled_model(tmp_path):
     )
     (code, _, errors), report = python(tmp_path, "-m", "cece", "run", "script.py")
     assert code == 0, errors
-    assert report == ["cece run: cross_entropy: 1 calls", "cece run:         1 by cece, compiled"]
+    assert report == ["cece run: cross_entropy: 1 call", "cece run:         1 by cece, compiled"]
 
 
 def test_a_syntax_error(tmp_path):
