@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+# It finds torch by the python on the PATH, and is itself fetched by its first run.
+PYRIGHT = PATH="$(abspath $(BIN)):$$PATH" pyright
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint format wheel bench report clean
@@ -33,6 +35,10 @@ lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@# the annotations, as a user's type checker sees them
+	MYPYPATH="$(CURDIR)" $(BIN)/mypy --strict --follow-imports=silent --cache-dir=$(VENV)/mypy tests/typing/user.py
+	PYTHONPATH="$(CURDIR)" $(PYRIGHT) tests/typing/user.py
+	PYTHONPATH="$(CURDIR)" $(PYRIGHT) --verifytypes cece --ignoreexternal
 
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix .
@@ -60,9 +66,9 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m cece
 	@touch $@
 
-$(VENV)/tools:
-	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(PIP) ruff==0.17.6 clang-format==23.1.5
+# --ignore-installed: where the parent has them, pip would not put their commands into this environment.
+$(VENV)/tools: $(VENV)/torch
+	$(PIP) --ignore-installed ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1 'pyright[nodejs]==1.1.414'
 	@touch $@
 
 clean:

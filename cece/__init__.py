@@ -7,12 +7,14 @@ Binary         either: two logits and a label, or one logit and a truth
 ``binary_cross_entropy`` takes *probabilities*: like ``torch.nn.BCELoss`` it applies no sigmoid.
 """
 
-from ._load import build_info, empty_cache, load
+from . import _load
+from ._load import build_info, empty_cache
 
-load()
+_load.load()
 
 from . import ops, reference  # noqa: E402, F401
 from ._decompositions import decompositions  # noqa: E402
+from ._patch import patch  # noqa: E402
 from .functional import (  # noqa: E402
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -33,4 +35,5 @@ __all__ = [
     "cross_entropy",
     "decompositions",
     "empty_cache",
+    "patch",
 ]

@@ -2,6 +2,8 @@
 
 verify runs, on the CPU and on every GPU, torch's gradcheck and gradgradcheck of each loss, and holds each loss and its
 gradient in every dtype against float64 (``cece/reference.py``). One line a check; exit status 1 if any fails.
+
+``python -m cece run SCRIPT ARGS...``, or ``run -m MODULE ARGS...``: a program with torch's losses made cece's; _run.py.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import torch
 
 import cece
 from cece import reference
+from cece._run import run
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The largest error of a loss, and of a gradient relative to its largest element: a few roundings of what is returned.
@@ -101,7 +104,8 @@ def _checks(device):
             yield f"accuracy {name} {str(dtype)[6:]}", accurate
 
 
-def verify():
+def verify() -> int:
+    """Runs every check, prints a line each; 1 if any failed, else 0."""
     devices = [
         "cpu",
         *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cece.build_info()["cuda_archs"] else 0)),
@@ -127,9 +131,17 @@ def verify():
     return 1 if failures else 0
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m cece", description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", nargs="?", choices=["info", "verify"], default="info")
+def main() -> int:
+    """The command line: python -m cece."""
+    if sys.argv[1:2] == ["run"]:  # what follows is the program's
+        return run(sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        prog="python -m cece",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="python -m cece run SCRIPT ARGS... (or -m MODULE ARGS...): a program with torch's losses made cece's",
+    )
+    parser.add_argument("--version", action="version", version=f"cece {cece.__version__}")
+    parser.add_argument("command", nargs="?", choices=["info", "verify", "run"], default="info")
     if parser.parse_args().command == "verify":
         return verify()
     info = cece.build_info()

@@ -1,8 +1,11 @@
 """The operators in plain torch, for an exported program that shall need no operator of ours.
 
-``program.run_decompositions(cece.decompositions())`` ends in core ATen. The values are those of ``csrc/numerics.h`` to the
-dtype that sums are formed in; tiny losses are as exact as torch's, not as ours.
+``program.run_decompositions(cece.decompositions())`` ends in core ATen. The values are those of
+``csrc/numerics.h`` to the dtype that sums are formed in; tiny losses are as exact as torch's, not as ours.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -95,7 +98,7 @@ def binary_cross_entropy_backward(grad, input, target, weight, pos_weight, with_
     return (grad * slope / (input.numel() if reduction == ops.MEAN else 1)).to(input.dtype)
 
 
-def decompositions():
+def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """A table for ``ExportedProgram.run_decompositions`` and AOTAutograd that leaves none of cece's operators.
 
     torch's default table to core ATen, and beside it one entry for each of ours. Without it an exported program keeps

@@ -1,19 +1,20 @@
 """Loads the compiled library, or says in one sentence why it cannot be."""
 
 import importlib
+from typing import Any
 
 REBUILD = (
     "reinstall it where this torch is: pip install --no-build-isolation --force-reinstall --no-deps <cece's folder>"
 )
 
 
-def _abi(version):
+def _abi(version: str) -> tuple[str, str]:
     """What a compiled extension depends on: (major.minor, cu130 or cpu)."""
     number, _, build = version.partition("+")
     return ".".join(number.split(".")[:2]), build or "unmarked"
 
 
-def load():
+def load() -> None:
     try:
         import torch
     except ImportError as e:
@@ -32,7 +33,7 @@ def load():
         raise ImportError(f"cece's compiled part, built for torch {TORCH}, does not load here ({e}): {REBUILD}") from e
 
 
-def build_info():
+def build_info() -> dict[str, Any]:
     """What was built and what is in use, as a dict.
 
     ``version``, ``torch`` (the one built with), ``cpu_isas`` (instruction sets built in), ``cpu_isa`` (the one in use;
@@ -43,7 +44,7 @@ def build_info():
     return _C.build_info()
 
 
-def empty_cache():
+def empty_cache() -> None:
     """Gives back to the system the CPU memory that is kept for the next large gradients, at most two blocks of it.
 
     It is given back by itself where an allocation fails; under memory pressure the system takes its pages unasked.

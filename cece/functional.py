@@ -1,38 +1,83 @@
-"""The losses as functions, with ``torch.nn.functional``'s names and meanings.
+"""The losses as functions, with ``torch.nn.functional``'s names, signatures and meanings.
 
-Arguments are checked in the compiled operators (``csrc/check.h``), once for every backend.
+Types of arguments are checked here, everything else about them in the compiled operators (``csrc/check.h``), once for
+every backend. TorchScript compiles their twins in ``_script.py``.
 """
 
-import torch
+import operator
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _script
+from ._script import reduction_number, scripted_as
 from .ops import BCE, CROSS_ENTROPY
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+__all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits", "check_targets", "cross_entropy"]
+
+_INT64 = -(2**63), 2**63 - 1
+
+# Types, each with what a caller is told. The usual type of a number never comes here; what torch takes in its place
+# (numpy's numbers, tensors of one number) leaves as the usual type, a symbolic number of torch.compile as it is.
 
 
-def _reduction(loss, reduction):
+def _refuse(loss: str, name: str, wanted: str, value: object) -> TypeError:
+    return TypeError(f"cece.{loss}: {name} must be {wanted}, got {type(value).__name__}")
+
+
+def _check_tensors(loss: str, required: dict[str, object], optional: dict[str, object]) -> None:
+    for name, value in required.items():
+        if not isinstance(value, Tensor):
+            raise _refuse(loss, name, "a torch.Tensor", value)
+    for name, value in optional.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise _refuse(loss, name, "a torch.Tensor or None", value)
+
+
+def _integer(loss: str, name: str, value: Any) -> int:
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    dtype = str(getattr(value, "dtype", type(value).__name__))
+    if dtype.endswith("bool") or not hasattr(value, "__index__"):
+        raise _refuse(loss, name, "an int", value)
     try:
-        return _REDUCTIONS[reduction]
-    except (KeyError, TypeError):
-        raise ValueError(f"cece.{loss}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}") from None
+        number = operator.index(value)
+    except TypeError:  # an array or tensor, but not of one integer
+        raise _refuse(loss, name, "an int", value) from None
+    if not _INT64[0] <= number <= _INT64[1]:
+        raise ValueError(f"cece.{loss}: {name} must fit into 64 bits, got {number}")
+    return number
 
 
-def _check_tensors(loss, **arguments):
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"cece.{loss}: {name} must be a torch.Tensor, got {type(value).__name__}")
+def _float(loss: str, name: str, value: Any) -> float:
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if not hasattr(value, "__float__") or getattr(value, "ndim", 0) or getattr(value, "requires_grad", False):
+        raise _refuse(loss, name, "a float", value)
+    return float(value)
 
 
+def _bool(loss: str, name: str, value: Any) -> bool:
+    if str(getattr(value, "dtype", "")) != "bool":  # numpy's
+        raise _refuse(loss, name, "a bool", value)
+    return bool(value)
+
+
+@scripted_as(_script.cross_entropy)
 def cross_entropy(
-    input,
-    target,
-    weight=None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
     *,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    inplace_backward=False,
-):
+    inplace_backward: bool = False,
+) -> Tensor:
     """Softmax cross-entropy of logits: ``log(sum_j exp(x_j)) - x_y`` for one label y a sample.
 
     A drop-in for :func:`torch.nn.functional.cross_entropy`. With the smoothed and weighted target masses
@@ -64,15 +109,44 @@ def cross_entropy(
 
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.3; label smoothing: Szegedy et al. (2016), 7.
     """
-    if type(input) is not torch.Tensor or type(target) is not torch.Tensor:
-        _check_tensors("cross_entropy", input=input, target=target)
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            # Only where it is asked for: handlers written for torch's function do not know it.
+            **({} if inplace_backward is False else {"inplace_backward": inplace_backward}),
+        )
+    _check_tensors("cross_entropy", {"input": input, "target": target}, {"weight": weight})
+    if type(ignore_index) is not int or not _INT64[0] <= ignore_index <= _INT64[1]:
+        ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = _float("cross_entropy", "label_smoothing", label_smoothing)
+    if type(inplace_backward) is not bool:
+        inplace_backward = _bool("cross_entropy", "inplace_backward", inplace_backward)
     if inplace_backward and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inplace_backward = False
-    number = _reduction("cross_entropy", reduction)
+    number = reduction_number("cross_entropy", size_average, reduce, reduction)
     return CROSS_ENTROPY(input, target, weight, number, ignore_index, label_smoothing, inplace_backward)[0]
 
 
-def binary_cross_entropy_with_logits(input, target, weight=None, *, reduction="mean", pos_weight=None):
+@scripted_as(_script.binary_cross_entropy_with_logits)
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
     """Sigmoid and binary cross-entropy of *logits*, one loss an element: a yes or no each, or several labels a sample.
 
     A drop-in for :func:`torch.nn.functional.binary_cross_entropy_with_logits`:
@@ -94,11 +168,33 @@ def binary_cross_entropy_with_logits(input, target, weight=None, *, reduction="m
 
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.2.
     """
-    _check_tensors("binary_cross_entropy_with_logits", input=input, target=target)
-    return BCE(input, target, weight, pos_weight, True, _reduction("binary_cross_entropy_with_logits", reduction))
+    if has_torch_function_variadic(input, target, weight, pos_weight):
+        return handle_torch_function(
+            binary_cross_entropy_with_logits,
+            (input, target, weight, pos_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            pos_weight=pos_weight,
+        )
+    optional: dict[str, object] = {"weight": weight, "pos_weight": pos_weight}
+    _check_tensors("binary_cross_entropy_with_logits", {"input": input, "target": target}, optional)
+    number = reduction_number("binary_cross_entropy_with_logits", size_average, reduce, reduction)
+    return BCE(input, target, weight, pos_weight, True, number)
 
 
-def binary_cross_entropy(input, target, weight=None, *, reduction="mean"):
+@scripted_as(_script.binary_cross_entropy)
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """Binary cross-entropy of *probabilities*: ``-y log x - (1 - y) log(1 - x)``. **It applies no sigmoid.**
 
     A drop-in for :func:`torch.nn.functional.binary_cross_entropy`, with its lower bound of -100 for each logarithm. For
@@ -120,11 +216,25 @@ def binary_cross_entropy(input, target, weight=None, *, reduction="mean"):
 
     Source: as :func:`binary_cross_entropy_with_logits`; bounds: torch, aten/src/ATen/native/Loss.cpp.
     """
-    _check_tensors("binary_cross_entropy", input=input, target=target)
-    return BCE(input, target, weight, None, False, _reduction("binary_cross_entropy", reduction))
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            binary_cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+        )
+    optional: dict[str, object] = {"weight": weight}
+    _check_tensors("binary_cross_entropy", {"input": input, "target": target}, optional)
+    number = reduction_number("binary_cross_entropy", size_average, reduce, reduction)
+    return BCE(input, target, weight, None, False, number)
 
 
-def check_targets(target, num_classes, *, ignore_index=-100):
+@scripted_as(_script.check_targets)
+def check_targets(target: Tensor, num_classes: int, *, ignore_index: int = -100) -> None:
     """Raises IndexError naming the first class index outside ``[0, num_classes)`` that is not ``ignore_index``.
 
     What to call when a loss on CUDA is NaN: the losses never wait for the GPU to look at a label, this does.
@@ -134,12 +244,7 @@ def check_targets(target, num_classes, *, ignore_index=-100):
         num_classes: how many classes there are, C.
         ignore_index: the label that is allowed beside them.
     """
-    _check_tensors("check_targets", target=target)
-    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        value = target[tuple(where)].item()
-        raise IndexError(
-            f"cece.check_targets: Target {value} is out of bounds: target{where} must be in [0, {num_classes}) or equal"
-            f" ignore_index ({ignore_index}), got {value}; {int(bad.sum())} of {target.numel()} targets are"
-        )
+    _check_tensors("check_targets", {"target": target}, {})
+    num_classes = _integer("check_targets", "num_classes", num_classes)
+    ignore_index = _integer("check_targets", "ignore_index", ignore_index)
+    _script.check_targets(target, num_classes, ignore_index)

@@ -1,24 +1,50 @@
 """The losses as modules: subclasses of ``torch.nn``'s, whose state_dict, pickles and isinstance checks they share."""
 
 import torch
+from torch import Tensor
 
 from . import functional
+from ._script import check_reduction
+
+__all__ = ["BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class _Shown(torch.nn.Module):
+    """repr with all that decides the loss: the buffers' shapes, the options' values."""
+
+    __constants__: list[str]
+
+    def extra_repr(self) -> str:
+        buffers = {name: None if b is None else tuple(b.shape) for name, b in self._buffers.items()}
+        options = {name: getattr(self, name) for name in self.__constants__}
+        return ", ".join(f"{name}={value!r}" for name, value in {**buffers, **options}.items())
+
+
+class CrossEntropyLoss(_Shown, torch.nn.CrossEntropyLoss):
     """:func:`cece.cross_entropy` as a module, a drop-in for :class:`torch.nn.CrossEntropyLoss`. Takes logits.
 
     Shapes, dtypes and errors are the function's. ``weight`` is a buffer, as in torch.
     """
 
+    __constants__: list[str] = ["ignore_index", "reduction", "label_smoothing", "inplace_backward"]
+    inplace_backward: bool = False  # also where __init__ was not ours: a subclass that calls torch's, a torch module
+
     def __init__(
-        self, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, inplace_backward=False
-    ):
-        functional._reduction("CrossEntropyLoss", reduction)
-        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        check_reduction("CrossEntropyLoss", self.reduction)
         self.inplace_backward = inplace_backward
 
-    def forward(self, input, target):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(
             input,
             target,
@@ -30,32 +56,49 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+class BCEWithLogitsLoss(_Shown, torch.nn.BCEWithLogitsLoss):
     """:func:`cece.binary_cross_entropy_with_logits` as a module, a drop-in for :class:`torch.nn.BCEWithLogitsLoss`.
 
     Takes *logits* and applies the sigmoid. ``weight`` and ``pos_weight`` are buffers, as in torch.
     """
 
-    def __init__(self, weight=None, *, reduction="mean", pos_weight=None):
-        functional._reduction("BCEWithLogitsLoss", reduction)
-        super().__init__(weight, reduction=reduction, pos_weight=pos_weight)
+    __constants__: list[str] = ["reduction"]
 
-    def forward(self, input, target):
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        check_reduction("BCEWithLogitsLoss", self.reduction)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
             input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
         )
 
 
-class BCELoss(torch.nn.BCELoss):
+class BCELoss(_Shown, torch.nn.BCELoss):
     """:func:`cece.binary_cross_entropy` as a module, a drop-in for :class:`torch.nn.BCELoss`.
 
     Takes *probabilities* and applies **no** sigmoid, whatever a tutorial says: for logits use
     :class:`BCEWithLogitsLoss`. ``weight`` is a buffer, as in torch.
     """
 
-    def __init__(self, weight=None, *, reduction="mean"):
-        functional._reduction("BCELoss", reduction)
-        super().__init__(weight, reduction=reduction)
+    __constants__: list[str] = ["reduction"]
 
-    def forward(self, input, target):
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction)
+        check_reduction("BCELoss", self.reduction)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)

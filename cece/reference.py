@@ -5,15 +5,24 @@ that nothing cancels.
 """
 
 import torch
+from torch import Tensor
 
 
-def _reduce(loss, reduction, divisor):
+def _reduce(loss: Tensor, reduction: str, divisor: Tensor | int) -> Tensor:
     if reduction == "none":
         return loss
     return loss.sum() / divisor if reduction == "mean" else loss.sum()
 
 
-def cross_entropy(input, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """``-sum_j q_j log softmax(input)_j`` with the masses ``q_j = w_j ((1 - s) t_j + s / C)``."""
     dim = 0 if input.dim() == 1 else 1
     classes = input.shape[dim]
@@ -30,7 +39,14 @@ def cross_entropy(input, target, weight=None, *, ignore_index=-100, reduction="m
     return _reduce(loss, reduction, loss.numel() if soft else ((w * t).sum(dim) * used).sum())
 
 
-def binary_cross_entropy_with_logits(input, target, weight=None, *, pos_weight=None, reduction="mean"):
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """``(1 - y) softplus(x) + p y softplus(-x)``, times the weight."""
     y = target.to(input.dtype)
     p = 1 if pos_weight is None else pos_weight.to(input.dtype)
@@ -39,7 +55,9 @@ def binary_cross_entropy_with_logits(input, target, weight=None, *, pos_weight=N
     return _reduce(loss, reduction, loss.numel())
 
 
-def binary_cross_entropy(input, target, weight=None, *, reduction="mean"):
+def binary_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
+) -> Tensor:
     """``-y log x - (1 - y) log(1 - x)`` of probabilities x, each logarithm no lower than -100, times the weight."""
     y = target.to(input.dtype)
     loss = -y * input.log().clamp_min(-100) - (1 - y) * (-input).log1p().clamp_min(-100)

@@ -5,6 +5,7 @@ Then hypothesis: whatever comes, cece agrees with torch in float64 or both refus
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -436,11 +437,70 @@ def test_an_unknown_reduction(loss, reduction):
         loss(x(6, 5), target, reduction=reduction)
 
 
-@pytest.mark.parametrize("loss", [CE, BCE, PROBS], ids=lambda f: f.__name__)
-def test_only_weight_is_positional(loss):
-    """torch's deprecated size_average comes fourth: it must not bind to something else."""
-    with pytest.raises(TypeError, match="positional argument"):
-        loss(x(6, 5), bad(0, 0) if loss is CE else x(6, 5), None, True)
+# ---- arguments of the wrong type
+
+FULL = {CE: bad(0, 0), BCE: torch.rand(6, 5), PROBS: torch.rand(6, 5)}  # a target each
+A_TENSOR, A_WEIGHT, AN_INT, A_FLOAT = "a torch.Tensor", "a torch.Tensor or None", "an int", "a float"
+WEIGHTS = [[1.0, 1.0], (1.0,), 2.0, np.float64(2), np.ones(5), True, "a"]
+WRONG_TYPES = {  # argument: functions, what it must be, what it is not
+    "target": ([CE, BCE, PROBS], A_TENSOR, [None, 3, [0] * 6, np.zeros(6)]),
+    "weight": ([CE, BCE, PROBS], A_WEIGHT, WEIGHTS),
+    "pos_weight": ([BCE], A_WEIGHT, WEIGHTS),
+    "ignore_index": ([CE], AN_INT, [None, 3.0, "3", [3], True, np.float64(3), np.bool_(1), np.array([3]), x(1), x(2)]),
+    "label_smoothing": (
+        [CE],
+        A_FLOAT,
+        [None, "0.1", [0.1], 1j, np.array([0.1]), x(1), torch.tensor(0.1, requires_grad=True)],
+    ),
+    "inplace_backward": ([CE], "a bool", [None, 3, "yes", 1.0, torch.tensor(True)]),
+    "reduction": ([CE, BCE, PROBS], "'none', 'mean' or 'sum'", [torch.tensor(1), np.zeros(3)]),
+}
+
+
+@pytest.mark.parametrize(
+    "name, loss, wanted, value",
+    [(name, f, wanted, v) for name, (fs, wanted, values) in WRONG_TYPES.items() for f in fs for v in values],
+    ids=lambda v: getattr(v, "__name__", str(v)[:20]),
+)
+def test_a_wrong_type_is_named_in_one_line(name, loss, wanted, value):
+    with pytest.raises(TypeError) as e:
+        loss(x(6, 5), **{"target": FULL[loss], name: value})
+    assert str(e.value) == f"cece.{loss.__name__}: {name} must be {wanted}, got {type(value).__name__}"
+
+
+@pytest.mark.parametrize("loss", FULL, ids=lambda f: f.__name__)
+def test_an_input_of_the_wrong_type(loss):
+    for value in (None, 3.0, [1.0], np.zeros((6, 5))):
+        with pytest.raises(TypeError) as e:
+            loss(value, FULL[loss])
+        assert str(e.value) == f"cece.{loss.__name__}: input must be a torch.Tensor, got {type(value).__name__}"
+
+
+def test_check_targets_wants_integers():
+    for options in ({"num_classes": 5.0}, {"num_classes": None}, {"num_classes": 5, "ignore_index": "3"}):
+        with pytest.raises(TypeError, match="cece.check_targets: .* must be an int, got (float|NoneType|str)$"):
+            cece.check_targets(bad(0, 0), **options)
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**70])
+def test_an_ignore_index_beyond_64_bits(value):
+    with pytest.raises(ValueError, match=f"^cece.cross_entropy: ignore_index must fit into 64 bits, got {value}$"):
+        CE(x(6, 5), bad(0, 0), ignore_index=value)
+    CE(x(6, 5), bad(0, 0), ignore_index=2**63 - 1)
+    CE(x(6, 5), bad(0, 0), ignore_index=-(2**63))
+
+
+NUMBERS = {  # whatever torch takes for a number
+    "ignore_index": [3, np.int64(3), np.int32(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])],
+    "label_smoothing": [0, 1, True, 0.1, np.int64(1), np.float32(0.1), np.float64(0.1), np.float16(0.1), np.bool_(1)]
+    + [torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64), torch.tensor(1)],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, v) for name, vs in NUMBERS.items() for v in vs], ids=repr)
+def test_what_behaves_as_a_number_is_one(name, value):
+    logits, labels = x(6, 5), torch.tensor([0, 1, 2, 3, 4, 3])
+    torch.testing.assert_close(CE(logits, labels, **{name: value}), F.cross_entropy(logits, labels, **{name: value}))
 
 
 def test_check_targets_accepts_what_the_losses_do():

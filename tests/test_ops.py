@@ -265,7 +265,7 @@ SECOND = ("probabilities, weight, smoothing", "BCE, weights", "on probabilities"
     [(d, c) for d in DERIVATIVES for c in (ALL_GRADIENTS if d in ("gradients", "forward mode") else SECOND)],
 )
 def test_compile_dynamic_shapes_of_every_derivative(case, derivative):
-    """Several batch sizes, no more than one recompilation: the first size is taken for a constant, the second is not."""
+    """At most one recompilation: the first batch size is taken for a constant, the second for a symbol."""
     count, loss = ALL_GRADIENTS[case]
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
