@@ -87,16 +87,19 @@ def cross_entropy(
     Args:
         input: logits, shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float64, float32, float16 or bfloat16; any
             strides, without a copy.
-        target: class indices in ``[0, C)`` or ``ignore_index``, shape ``()``, ``(N)`` or ``(N, d1, ..., dk)``; uint8,
-            int32 or int64. Or probabilities of input's shape, floating point.
+        target: class indices in ``[0, C)`` or ``ignore_index``, shape ``()``, ``(N)`` or ``(N, d1, ..., dk)``; int8,
+            int16, int32, int64 or uint8. Or probabilities of input's shape, floating point.
         weight: a factor for each class, shape ``(C)``, any floating dtype.
         ignore_index: samples with this label have loss and gradient 0 and do not count in the mean. Class indices only.
         reduction: ``'none'``; ``'sum'``; ``'mean'``, which divides by the summed weights of the labels, and with
             probabilities by the number of samples.
         label_smoothing: in [0, 1], the part of the target that is spread over all classes.
         inplace_backward: backward writes the gradient over input's values and so needs no memory of its own. Only for
-            logits nobody reads afterwards; autograd raises if some other operation still needs them. Ignored where a
-            gradient must itself be differentiable, under torch.func, and under torch.compile.
+            logits nobody reads afterwards; autograd raises if some other operation still needs them (it cannot know of
+            one that saved them itself through hooks that return the same tensor). Refused for a leaf that requires
+            grad, a view of one, and overlapping memory. Ignored, at the price of a gradient's memory, where a gradient
+            must itself be differentiable, under torch.func and torch.compile, within saved-tensor hooks (activation
+            checkpointing, ``save_on_cpu``), and for logits that share memory with the target or are not plain tensors.
 
     Returns:
         The loss in nats, float32 (float64 if input or probabilities are): a scalar, with ``'none'`` the samples' shape.
@@ -106,6 +109,7 @@ def cross_entropy(
             loss and gradient are NaN instead; :func:`check_targets` names it.
         ValueError: batch sizes that differ, or an unknown reduction.
         RuntimeError: any other shape, dtype or device that does not fit, or label_smoothing outside [0, 1].
+        TypeError: an argument of the wrong type.
 
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.3; label smoothing: Szegedy et al. (2016), 7.
     """

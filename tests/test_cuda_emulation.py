@@ -199,6 +199,20 @@ def test_tiny_losses(emulated, dtype, classes, layout):
     assert ((loss - true).abs() <= 4 * torch.finfo(torch.float32).eps * true).all(), (loss / true - 1) / 2**-23
 
 
+@pytest.mark.parametrize("major, compiled_for", [(8, 80), (9, 80), (12, 89), (8, 90)])
+def test_wide_rows_of_code_without_clusters(emulated, major, compiled_for):
+    """A new card that runs an older one's PTX has no cluster merge in its code: the parts go through memory.
+
+    Here merge_cluster is empty, as it is in such code: were it relied on, all parts but the first would be lost.
+    """
+    emulated.card(major, compiled_for)
+    try:
+        for rows, classes in ((2, 40_001), (3, 70_000), (20, 20_001)):  # 2 to 8 parts a row
+            check(torch.randn(rows, classes), torch.arange(rows), None, 0.1)
+    finally:
+        emulated.card(8, 80)
+
+
 def test_bad_labels(emulated):
     """NaN in its row, which is how CUDA says it, and in no other."""
     for logits in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(4, 3000), torch.randn(4, 40001)):
