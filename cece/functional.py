@@ -1,4 +1,4 @@
-"""The losses as functions, with ``torch.nn.functional``'s names and meanings.
+"""The losses as functions, with ``torch.nn.functional``'s names and meanings. DTensors go to ``cece/_dtensor.py``.
 
 Arguments are checked in the compiled operators (``csrc/check.h``), once for every backend.
 """
@@ -21,6 +21,14 @@ def _check_tensors(loss, **arguments):
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"cece.{loss}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _dtensor_among(*tensors):
+    """The module for DTensors if there is one: it imports torch.distributed, so nobody else should."""
+    if any(type(t) is not torch.Tensor and hasattr(t, "device_mesh") for t in tensors):
+        from . import _dtensor
+
+        return _dtensor
 
 
 def cross_entropy(
@@ -51,7 +59,7 @@ def cross_entropy(
         label_smoothing: in [0, 1], the part of the target that is spread over all classes.
         inplace_backward: backward writes the gradient over input's values and so needs no memory of its own. Only for
             logits nobody reads afterwards; autograd raises if some other operation still needs them. Ignored where a
-            gradient must itself be differentiable, under torch.func, and under torch.compile.
+            gradient must itself be differentiable, under torch.func, under torch.compile, and for DTensors.
 
     Returns:
         The loss in nats, float32 (float64 if input or probabilities are): a scalar, with ``'none'`` the samples' shape.
@@ -69,6 +77,8 @@ def cross_entropy(
     if inplace_backward and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inplace_backward = False
     number = _reduction("cross_entropy", reduction)
+    if dtensor := _dtensor_among(input, target, weight):
+        return dtensor.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     return CROSS_ENTROPY(input, target, weight, number, ignore_index, label_smoothing, inplace_backward)[0]
 
 
@@ -95,7 +105,10 @@ def binary_cross_entropy_with_logits(input, target, weight=None, *, reduction="m
     Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.2.
     """
     _check_tensors("binary_cross_entropy_with_logits", input=input, target=target)
-    return BCE(input, target, weight, pos_weight, True, _reduction("binary_cross_entropy_with_logits", reduction))
+    number = _reduction("binary_cross_entropy_with_logits", reduction)
+    if dtensor := _dtensor_among(input, target, weight, pos_weight):
+        return dtensor.binary_cross_entropy(input, target, weight, pos_weight, True, number)
+    return BCE(input, target, weight, pos_weight, True, number)
 
 
 def binary_cross_entropy(input, target, weight=None, *, reduction="mean"):
@@ -121,7 +134,10 @@ def binary_cross_entropy(input, target, weight=None, *, reduction="mean"):
     Source: as :func:`binary_cross_entropy_with_logits`; bounds: torch, aten/src/ATen/native/Loss.cpp.
     """
     _check_tensors("binary_cross_entropy", input=input, target=target)
-    return BCE(input, target, weight, None, False, _reduction("binary_cross_entropy", reduction))
+    number = _reduction("binary_cross_entropy", reduction)
+    if dtensor := _dtensor_among(input, target, weight):
+        return dtensor.binary_cross_entropy(input, target, weight, None, False, number)
+    return BCE(input, target, weight, None, False, number)
 
 
 def check_targets(target, num_classes, *, ignore_index=-100):
@@ -135,6 +151,8 @@ def check_targets(target, num_classes, *, ignore_index=-100):
         ignore_index: the label that is allowed beside them.
     """
     _check_tensors("check_targets", target=target)
+    if _dtensor_among(target):
+        target = target.full_tensor()  # positions are those of the whole, and every rank raises
     bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bad.any():
         where = bad.nonzero()[0].tolist()
