@@ -63,7 +63,7 @@ def _as_dtensors(loss, **args):
 
 
 def _broadcast_dims(t, input):
-    return [] if t is None else [None if n == 1 else d for d, n in enumerate(t.shape, input.dim() - t.dim())]
+    return [] if t is None else [None if n == 1 and d >= 0 else d for d, n in enumerate(t.shape, input.dim() - t.dim())]
 
 
 def _fits(t, dims, input):
@@ -110,7 +110,7 @@ def _dtensor(local, mesh, placements, **shape):
 
 
 def _sum(local, mesh, shards):
-    """The sum of the ranks' `local`, on every rank: stacked, as the derivative of from_local(Partial) is no DTensor's."""
+    """The sum of the ranks' `local`, on every rank. Stacked: from_local as Partial has a wrong second derivative."""
     stacked = _dtensor(local.unsqueeze(0), mesh, _follow(shards, (), Shard(0)))
     return stacked.sum(0).redistribute(placements=[Replicate()] * mesh.ndim)
 
