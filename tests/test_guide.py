@@ -131,9 +131,10 @@ def prelude(name, real):
 
         model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=16))
     torch.manual_seed(int(os.environ["RANK"]))
-    loader = [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(3)]
+    batches = [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(3)]
     if name == "timm":
-        loader[1] = loader[1][0], torch.rand(4, 3).softmax(1)  # as of Mixup
+        batches[1] = batches[1][0], torch.rand(4, 3).softmax(1)  # as of Mixup
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
     tokens = torch.randint(16, (32, 5))
     dataset = [{"input_ids": t, "labels": t.where(t > 2, -100)} for t in tokens]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
