@@ -72,7 +72,7 @@ def _fits(t, dims, input):
 
 
 def _shards(args, rows):
-    """How the rows are sharded: as input is. Nothing is where shapes disagree: every rank sees that, and raises it."""
+    """How the rows are sharded: as input is. Where shapes disagree, not at all: each rank then raises, and the same."""
     input = args[0][0]
     fit = all(_fits(t, dims, input) for t, dims in args)
     return [p if fit and type(p) is Shard and p.dim in rows else Replicate() for p in input.placements]
@@ -85,7 +85,7 @@ def _follow(shards, dims, otherwise):
 
 
 def _local(t, dims, shards):
-    """What the rows of this rank need of t. The gradient is placed as t is, summed over ranks that need the same."""
+    """What the rows of this rank need of t. Its gradient is summed over the ranks that share it and placed as t is."""
     if t is None:
         return None
     t = t.redistribute(placements=_follow(shards, dims, Replicate()))

@@ -24,11 +24,12 @@ def _check_tensors(loss, **arguments):
 
 
 def _dtensor_among(*tensors):
-    """The module for DTensors if there is one: it imports torch.distributed, so nobody else should."""
-    if any(type(t) is not torch.Tensor and hasattr(t, "device_mesh") for t in tensors):
-        from . import _dtensor
+    """The module for DTensors if one of these is one: it imports torch.distributed, so nothing else should."""
+    for t in tensors:
+        if type(t) is not torch.Tensor and hasattr(t, "device_mesh"):
+            from . import _dtensor
 
-        return _dtensor
+            return _dtensor
 
 
 def cross_entropy(
