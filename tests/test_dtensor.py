@@ -330,10 +330,10 @@ def check_strided_shards(meshes):
     from torch.distributed.tensor import distribute_tensor
     from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-    x = torch.randn(8, 6)
-    d = distribute_tensor(x, meshes[2], [_StridedShard(0, split_factor=2), Shard(0)])
-    loss = cece.binary_cross_entropy_with_logits(d, distribute(x > 0, meshes[2], ["S0", "R"]), reduction="none")
-    torch.testing.assert_close(loss.full_tensor(), cece.binary_cross_entropy_with_logits(x, x > 0, reduction="none"))
+    x, target = torch.randn(2, 6, 8), labels((2, 6, 8))
+    d = distribute_tensor(x, meshes[2], [_StridedShard(2, split_factor=2), Shard(2)])
+    loss = cece.cross_entropy(d, distribute(target, meshes[2], ["S1", "R"]), reduction="none")
+    torch.testing.assert_close(loss.full_tensor(), cece.cross_entropy(x, target, reduction="none"))
 
 
 def check_labels_out_of_range_are_named(meshes):
