@@ -28,7 +28,7 @@ class _Rows:
         if soft:
             self.used, one = None, target.to(acc)
         else:
-            self.used = (target != ignore_index).unsqueeze(dim)
+            self.used = ops.used_labels(target, ignore_index).unsqueeze(dim)
             index = torch.arange(classes, device=logits.device).reshape(by_class)
             one = (target.unsqueeze(dim) == index).to(acc)
         w = 1 if weight is None else weight.to(acc).reshape(by_class)

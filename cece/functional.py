@@ -1,7 +1,7 @@
 """The losses as functions, with ``torch.nn.functional``'s names, signatures and meanings.
 
 Types of arguments are checked here, everything else about them in the compiled operators (``csrc/check.h``), once for
-every backend. TorchScript compiles their twins in ``_script.py``.
+every backend. TorchScript compiles their twins in ``_script.py``, DTensors go to ``_dtensor.py``.
 """
 
 import operator
@@ -65,6 +65,15 @@ def _bool(loss: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
+def _dtensor_among(*tensors: Tensor | None) -> Any:
+    """The module for DTensors if one of these is one: it imports torch.distributed, so nothing else should."""
+    for t in tensors:
+        if type(t) is not torch.Tensor and hasattr(t, "device_mesh"):
+            from . import _dtensor
+
+            return _dtensor
+
+
 @scripted_as(_script.cross_entropy)
 def cross_entropy(
     input: Tensor,
@@ -99,7 +108,7 @@ def cross_entropy(
             one that saved them itself through hooks that return the same tensor). Refused for a leaf that requires
             grad, a view of one, and overlapping memory. Ignored, at the price of a gradient's memory, where a gradient
             must itself be differentiable, under torch.func and torch.compile, within saved-tensor hooks (activation
-            checkpointing, ``save_on_cpu``), and for logits that share memory with the target or are not plain tensors.
+            checkpointing, ``save_on_cpu``), for logits that share memory with the target, and for DTensors.
 
     Returns:
         The loss in nats, float32 (float64 if input or probabilities are): a scalar, with ``'none'`` the samples' shape.
@@ -138,6 +147,8 @@ def cross_entropy(
     if inplace_backward and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inplace_backward = False
     number = reduction_number("cross_entropy", size_average, reduce, reduction)
+    if dtensor := _dtensor_among(input, target, weight):
+        return dtensor.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     return CROSS_ENTROPY(input, target, weight, number, ignore_index, label_smoothing, inplace_backward)[0]
 
 
@@ -187,6 +198,8 @@ def binary_cross_entropy_with_logits(
     optional: dict[str, object] = {"weight": weight, "pos_weight": pos_weight}
     _check_tensors("binary_cross_entropy_with_logits", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy_with_logits", size_average, reduce, reduction)
+    if dtensor := _dtensor_among(input, target, weight, pos_weight):
+        return dtensor.binary_cross_entropy(input, target, weight, pos_weight, True, number)
     return BCE(input, target, weight, pos_weight, True, number)
 
 
@@ -234,6 +247,8 @@ def binary_cross_entropy(
     optional: dict[str, object] = {"weight": weight}
     _check_tensors("binary_cross_entropy", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy", size_average, reduce, reduction)
+    if dtensor := _dtensor_among(input, target, weight):
+        return dtensor.binary_cross_entropy(input, target, weight, None, False, number)
     return BCE(input, target, weight, None, False, number)
 
 
@@ -249,6 +264,8 @@ def check_targets(target: Tensor, num_classes: int, *, ignore_index: int = -100)
         ignore_index: the label that is allowed beside them.
     """
     _check_tensors("check_targets", {"target": target}, {})
+    if _dtensor_among(target):
+        target = target.full_tensor()  # type: ignore[attr-defined]  # positions are of the whole; every rank raises
     num_classes = _integer("check_targets", "num_classes", num_classes)
     ignore_index = _integer("check_targets", "ignore_index", ignore_index)
     _script.check_targets(target, num_classes, ignore_index)

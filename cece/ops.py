@@ -14,6 +14,19 @@ BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
 NONE, MEAN, SUM = 0, 1, 2  # reductions, with torch's numbers
 
 
+def used_labels(target, ignore_index):
+    return target.long() != ignore_index  # smaller integers would wrap ignore_index around: uint8's 156 is not -100
+
+
+def label_weights(target, weight, ignore_index, dtype):
+    """What a mean divides by is the sum of these: each label's weight, 0 where it is ignored."""
+    used = used_labels(target, ignore_index)
+    if weight is None:
+        return used.to(dtype)
+    # A label out of range, whose loss is NaN on CUDA, must not stop the process here either.
+    return torch.where(used, weight.to(dtype)[target.long().clamp(0, weight.numel() - 1)], 0)
+
+
 # The batch becomes a dimension of rows. Each rule calls the operator once; only a batch of class weights takes a loop.
 
 
@@ -76,9 +89,7 @@ def _(info, in_dims, logits, target, weight, reduction, ignore_index, label_smoo
     if soft:
         total = torch.full_like(per_batch[:, 0], per_batch.shape[1]) if per_batch.shape[1] else loss.new_zeros(size)
     else:
-        valid = (target != ignore_index).reshape(size, -1)
-        weights = valid if weight is None else torch.where(valid, weight[target.reshape(size, -1).long() * valid], 0)
-        total = weights.to(loss.dtype).sum(1)
+        total = label_weights(target, weight, ignore_index, loss.dtype).reshape(size, -1).sum(1)
     if reduction != NONE:
         loss = per_batch.sum(1) / total if reduction == MEAN else per_batch.sum(1)
     return (loss, stats.movedim(1, 0), total), (0, 0, 0)

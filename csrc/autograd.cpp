@@ -237,7 +237,7 @@ struct CrossEntropyFormulas {
   Tensor of_rows(int64_t i) const { return stats.select(0, i).unsqueeze(dim); }            // 0 max, 1 log_sum, 2 mass
   Tensor mass() const { return soft ? weighted(smoothed()).sum(dim, true) : of_rows(2); }  // sum_j q_j of each row
   Tensor used(const Tensor& a) const {  // a, of shape (N, C, d...), but 0 in ignored rows, whatever is in them
-    return soft ? a : a.masked_fill((t == o.ignore_index).unsqueeze(dim), 0);
+    return soft ? a : a.masked_fill((t.to(at::kLong) == o.ignore_index).unsqueeze(dim), 0);  // uint8's 156 is not -100
   }
 
   // In a row whose maximum is +inf that is one certain class: finite numbers far apart say so too, without inf - inf.

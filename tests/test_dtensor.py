@@ -1,0 +1,436 @@
+"""DTensors: the loss, its placement and every gradient are those of one process. Real processes, joined by gloo.
+
+This file is also the program of a rank, which runs every case and writes down what went wrong with each.
+"""
+
+import datetime
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cece
+
+HERE = Path(__file__).resolve()
+RANKS = 4  # a mesh of 4, and one of 2 x 2
+SECONDS = 240
+REDUCTIONS = ("none", "mean", "sum")
+CE, LOGITS, PROBABILITIES = "cross_entropy", "binary_cross_entropy_with_logits", "binary_cross_entropy"
+
+
+# ---- shape of input -> its placements: R replicated, P a partial sum, S1 sharded along dimension 1. One is a placement
+# on the mesh of 4, where 5 rows are 2, 2, 1 and 0; two are on the mesh of 2 x 2.
+CE_PLACED = {
+    (8, 6): ["S0", "R", "S1", "P", "S0 S0", "S0 R", "S0 S1", "R S1", "P S0"],
+    (5, 6): ["S0", "S0 S0", "R S0"],
+    (1, 6): ["S0"],
+    (0, 6): ["S0"],
+    (6,): ["R", "S0"],
+    (3, 5, 7): ["S0", "S1", "S2", "S0 S2", "S2 S0", "S1 S2", "S2 P"],
+    (2, 3, 4, 5): ["S3", "S2 S3", "S0 R"],
+}
+BCE_PLACED = {
+    (8, 6): ["S0", "S1", "R", "P", "S0 S1", "S1 S0", "S0 S0", "P S1"],
+    (5, 1): ["S0", "S1"],
+    (3, 5, 7): ["S2", "S0 S2"],
+    (): ["R"],
+}
+
+
+# ---- what is asked: shape of input -> the other arguments, which have a gradient checked where they require one
+def labels(shape, ignored=slice(0, None, 3)):
+    class_dim = min(1, len(shape) - 1)
+    target = torch.randint(shape[class_dim], shape[:class_dim] + shape[class_dim + 1 :])
+    if target.dim():
+        target[ignored] = -100
+    return target
+
+
+def class_weights(shape):
+    return torch.rand(shape[min(1, len(shape) - 1)])
+
+
+def grad(t):
+    return t.requires_grad_()
+
+
+CE_ASKED = {
+    "labels": lambda s: {"target": labels(s)},
+    "labels of a rank all ignored": lambda s: {"target": labels(s, slice(s[0] // 2 + 1)), "weight": class_weights(s)},
+    "labels all ignored": lambda s: {"target": labels(s, slice(None))},
+    "labels smoothed": lambda s: {"target": labels(s), "weight": class_weights(s), "label_smoothing": 0.1},
+    "labels uint8": lambda s: {"target": labels(s, slice(0)).byte(), "weight": class_weights(s), "ignore_index": 2},
+    "probabilities": lambda s: {"target": grad(torch.rand(s))},
+    "probabilities smoothed": lambda s: {
+        "target": grad(torch.rand(s)),
+        "weight": grad(class_weights(s)),
+        "label_smoothing": 0.1,
+    },
+}
+PROBABILITIES_ASKED = {
+    "plain": lambda s: {"target": grad(torch.rand(s))},
+    "bool": lambda s: {"target": torch.rand(s) < 0.5},
+    "weight by column": lambda s: {"target": torch.rand(s), "weight": grad(torch.rand(s[-1:]))},
+    "weight by row": lambda s: {"target": torch.rand(s), "weight": grad(torch.rand(s[:-1] + (1,) * len(s[-1:])))},
+    "weight by element": lambda s: {"target": torch.rand(s), "weight": grad(torch.rand(s))},
+}
+LOGITS_ASKED = PROBABILITIES_ASKED | {
+    "pos_weight": lambda s: {
+        "target": grad(torch.rand(s)),
+        "weight": torch.rand(s[:1] + (1,) * len(s[1:])),
+        "pos_weight": grad(torch.rand(s[-1:])),
+    },
+}
+CASES = {
+    f"{loss}-{asked}-{'x'.join(map(str, shape))}-{placed}": (loss, make, shape, placed.split())
+    for loss, asks, shapes in (
+        (CE, CE_ASKED, CE_PLACED),
+        (LOGITS, LOGITS_ASKED, BCE_PLACED),
+        (PROBABILITIES, PROBABILITIES_ASKED, BCE_PLACED),
+    )
+    for asked, make in asks.items()
+    for shape, placements in shapes.items()
+    for placed in placements
+}
+
+
+# ---- one rank of four. torch.distributed.tensor is imported here and not above: cece must do without.
+
+
+def placements_of(codes):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    return tuple({"R": Replicate, "P": Partial}[c]() if c in "RP" else Shard(int(c[1:])) for c in codes)
+
+
+def distribute(t, mesh, codes):
+    """t as a leaf. A partial sum is t on one rank and 0 on the others."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    whole = distribute_tensor(t.detach().clone(), mesh, placements_of("R" if c == "P" else c for c in codes))
+    has_it = not any(i for i, c in zip(mesh.get_coordinate(), codes, strict=True) if c == "P")
+    d = DTensor.from_local(
+        whole.to_local() * has_it, mesh, placements_of(codes), shape=whole.shape, stride=whole.stride()
+    )
+    return d.requires_grad_(t.requires_grad)
+
+
+def without_classes(codes):
+    return [{"S0": "S0", "S2": "S1", "S3": "S2"}.get(c, "R") for c in codes]
+
+
+def rows_placed(loss, shape, codes):
+    if len(shape) == 1 and loss == CE:
+        return ["R"] * len(codes)
+    return without_classes(codes) if loss == CE else ["R" if c == "P" else c for c in codes]
+
+
+def argument_placed(loss, name, t, shape, codes):
+    """Where a user would put it: beside input's rows."""
+    if name == "input" or t.shape == shape:
+        return codes
+    return rows_placed(loss, shape, codes) if name == "target" else ["R"] * len(codes)
+
+
+def derive(loss, tensors):
+    value = loss(**tensors)
+    if value.dim():
+        factor = torch.linspace(0.5, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
+        mesh = getattr(value, "device_mesh", None)
+        (value * (distribute(factor, mesh, ["R"] * mesh.ndim) if mesh else factor)).sum().backward()
+    else:
+        value.backward()
+    return {"loss": value.detach()} | {name: t.grad for name, t in tensors.items() if t.requires_grad}
+
+
+def check_case(meshes, case):
+    loss, make, shape, codes = case
+    mesh = meshes[len(codes)]
+    arguments = {"input": grad((torch.rand if loss == PROBABILITIES else torch.randn)(shape)), **make(shape)}
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    options = {k: v for k, v in arguments.items() if k not in tensors}
+    beside = {k: argument_placed(loss, k, t, torch.Size(shape), codes) for k, t in tensors.items()}
+    replicated = {k: codes if k == "input" else ["R"] * len(codes) for k in tensors}
+    for reduction in REDUCTIONS:
+        ours = functools.partial(getattr(cece, loss), reduction=reduction, **options)
+        truth = derive(ours, {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in tensors.items()})
+        for placed in (beside, replicated) if reduction == "mean" else (beside,):
+            got = derive(ours, {k: distribute(t, mesh, placed[k]) for k, t in tensors.items()})
+            assert got.keys() == truth.keys()
+            for k, value in got.items():
+                what = f"{reduction}, {placed}, {k}"
+                if k == "loss":
+                    codes_of = rows_placed(loss, shape, codes) if reduction == "none" else ["R"] * len(codes)
+                else:
+                    codes_of = ["R" if c == "P" else c for c in placed[k]]
+                assert value.placements == placements_of(codes_of), f"{what}: {value.placements}"
+                assert (value.shape, value.dtype) == (truth[k].shape, truth[k].dtype), what
+                torch.testing.assert_close(
+                    value.full_tensor(), truth[k], rtol=1e-5, atol=1e-7, equal_nan=True, msg=f"{{}}\n{what}".format
+                )
+
+
+# ---- what is not a table of shapes
+
+
+def check_agrees_with_torch(meshes):
+    """Where torch's own is right. Of a mean over sharded rows only that of class probabilities is: with labels, and
+    elementwise, torch averages the ranks' means or refuses uneven shards, and the gradient of its
+    binary_cross_entropy is too large by the number of shards."""
+    shape, column = (8, 6), torch.rand(6)
+    for loss, target, weights in (
+        (CE, labels(shape), {}),
+        (CE, labels(shape), {"weight": column}),
+        (CE, torch.rand(shape), {"weight": column}),
+        (LOGITS, torch.rand(shape), {"weight": column, "pos_weight": column}),
+        (PROBABILITIES, torch.rand(shape), {"weight": column}),
+    ):
+        for codes in (["S0"], ["S0", "R"], ["R", "R"]):
+            for reduction in REDUCTIONS:
+                if reduction == "mean" and "S0" in codes and not (loss == CE and target.dim() == 2):
+                    continue
+                mesh, replicated = meshes[len(codes)], ["R"] * len(codes)
+                results = []
+                for module in (cece, F):
+                    x = distribute(grad(torch.linspace(0.1, 0.9, 48).reshape(shape)), mesh, codes)
+                    factors = {k: distribute(t, mesh, replicated) for k, t in weights.items()}
+                    value = getattr(module, loss)(x, distribute(target, mesh, codes), reduction=reduction, **factors)
+                    value.sum().backward()
+                    results.append((value.full_tensor(), x.grad.full_tensor()))
+                torch.testing.assert_close(*results, msg=f"{{}}\n{loss}, {codes}, {reduction}".format)
+
+
+def check_mixed_arguments_are_named(meshes):
+    x = torch.rand(8, 6)
+    for loss, tensors in (
+        (CE, {"input": x, "target": labels((8, 6)), "weight": x[0]}),
+        (LOGITS, {"input": x, "target": x, "weight": x, "pos_weight": x[0]}),
+        (PROBABILITIES, {"input": x, "target": x, "weight": x}),
+    ):
+        d = {k: distribute(t, meshes[1], ["R"]) for k, t in tensors.items()}
+        for name, t in tensors.items():
+            with pytest.raises(RuntimeError, match=f"cece.{loss}: got mixed .*: {name} must be a DTensor, as"):
+                getattr(cece, loss)(**d | {name: t})
+            if name != "input":
+                with pytest.raises(RuntimeError, match=f"cece.{loss}: {name} must be on input's mesh"):
+                    getattr(cece, loss)(**d | {name: distribute(t, meshes[2], ["R", "R"])})
+    with pytest.raises(TypeError, match="target must be a torch.Tensor, got list"):
+        cece.cross_entropy(distribute(x, meshes[1], ["R"]), [1] * 8)
+
+
+def check_plain_tensors_torch_takes(meshes):
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    x, weight = torch.rand(8, 6), torch.rand(6)
+    d = distribute(x, meshes[1], ["S0"])
+    loss = cece.binary_cross_entropy_with_logits(d, d, torch.tensor(2.0))
+    torch.testing.assert_close(loss.full_tensor(), cece.binary_cross_entropy_with_logits(x, x, torch.tensor(2.0)))
+    with implicit_replication():
+        loss = cece.cross_entropy(d, labels((8, 6), slice(0)) * 0, weight)
+    torch.testing.assert_close(loss.full_tensor(), cece.cross_entropy(x, torch.zeros(8).long(), weight))
+
+
+def check_wrong_shapes_raise_on_every_rank(meshes):
+    """Also where a rank's own shards would fit each other: 5 and 6 rows are both 2 on the first."""
+    x = distribute(torch.rand(5, 6), meshes[1], ["S0"])
+    with pytest.raises(ValueError, match=r"input is \[5, 6\], so class indices must have shape \[5\]"):
+        cece.cross_entropy(x, distribute(labels((6, 6)), meshes[1], ["S0"]))
+    with pytest.raises(RuntimeError, match="weight tensor should be defined either for all 6 classes"):
+        cece.cross_entropy(
+            x, distribute(labels((5, 6)), meshes[1], ["S0"]), distribute(torch.rand(5), meshes[1], ["R"])
+        )
+    with pytest.raises(ValueError, match=r"Target size \(\[6, 6\]\) must be the same as input size \(\[5, 6\]\)"):
+        cece.binary_cross_entropy(x, distribute(torch.rand(6, 6), meshes[1], ["S0"]))
+    for shape in ((6, 6), (5,), (1, 5, 6)):
+        with pytest.raises(RuntimeError, match=r"weight must be broadcastable to input's shape \[5, 6\]"):
+            cece.binary_cross_entropy(x, x, distribute(torch.rand(shape), meshes[1], ["R"]))
+
+
+def check_second_derivatives(meshes):
+    d = distribute(grad(torch.ones(1)), meshes[1], ["R"])
+    if torch.autograd.grad(d.to_local() ** 2, d, create_graph=True)[0].grad_fn is None:
+        return  # an older torch, whose to_local has a first derivative only
+    x, y = torch.rand(5, 6, dtype=torch.float64), torch.rand(5, 6, dtype=torch.float64)
+    for loss, target in ((CE, labels((5, 6))), (CE, y), (LOGITS, y), (PROBABILITIES, y)):
+        for codes in (["S0"], ["S1"], ["R"], ["S0", "R"]):
+            for reduction in REDUCTIONS:
+
+                def second(place, loss=loss, target=target, reduction=reduction):
+                    d = place(grad(x))
+                    value = getattr(cece, loss)(d, place(target), reduction=reduction)
+                    (g,) = torch.autograd.grad((value * value).sum(), d, create_graph=True)
+                    return torch.autograd.grad((g * g * g).sum(), d)[0]
+
+                def place(t, codes=codes):
+                    own = codes if t.dim() == 2 else rows_placed(CE, (5, 6), codes)
+                    return distribute(t, meshes[len(codes)], own)
+
+                truth = second(lambda t: t.detach().requires_grad_(t.requires_grad))
+                torch.testing.assert_close(second(place).full_tensor(), truth)
+
+
+def check_a_model_learns(meshes):
+    """Modules, weights as buffers, replicated parameters, and a loss that prints."""
+    from torch.distributed.tensor import distribute_module
+
+    torch.manual_seed(0)
+    x, target, weight = torch.randn(7, 6), labels((7, 3)), torch.rand(3)
+    model = torch.nn.Linear(6, 3)
+    cece.CrossEntropyLoss(weight)(model(x), target).backward()
+    truth = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model = distribute_module(model, meshes[1])
+    loss = distribute_module(cece.CrossEntropyLoss(weight), meshes[1])
+    value = loss(model(distribute(x, meshes[1], ["S0"])), distribute(target, meshes[1], ["S0"]))
+    assert value.item() == value.full_tensor().item()
+    value.backward()
+    for p, t in zip(model.parameters(), truth, strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), t)
+
+
+def check_without_gradients(meshes):
+    x, target = torch.rand(5, 6), labels((5, 6))
+    truth = cece.cross_entropy(x, target)
+    d, t = distribute(x, meshes[1], ["S0"]), distribute(target, meshes[1], ["S0"])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(cece.cross_entropy(d, t).full_tensor(), truth)
+
+
+def check_logits_not_overwritten(meshes):
+    x = distribute(grad(torch.rand(8, 6)), meshes[1], ["S0"])
+    before = x.full_tensor().detach().clone()
+    cece.cross_entropy(x, distribute(labels((8, 6)), meshes[1], ["S0"]), inplace_backward=True).backward()
+    assert torch.equal(x.full_tensor(), before) and x.grad.full_tensor().any()
+
+
+def check_input_still_on_its_way(meshes):
+    from torch.distributed.tensor import Replicate
+
+    x, target = torch.rand(8, 6), labels((8, 6))
+    d = distribute(grad(x), meshes[1], ["S0"])
+    late = d.redistribute(placements=[Replicate()], async_op=True)
+    loss = cece.cross_entropy(late, distribute(target, meshes[1], ["R"]))
+    torch.testing.assert_close(loss.full_tensor(), cece.cross_entropy(x, target))
+    loss.backward()
+    x = x.detach().requires_grad_()
+    cece.cross_entropy(x, target).backward()
+    torch.testing.assert_close(d.grad.full_tensor(), x.grad)
+
+
+def check_strided_shards(meshes):
+    """What FSDP after tensor parallelism makes of a dimension."""
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
+
+    x, target = torch.randn(2, 6, 8), labels((2, 6, 8))
+    d = distribute_tensor(x, meshes[2], [_StridedShard(2, split_factor=2), Shard(2)])
+    loss = cece.cross_entropy(d, distribute(target, meshes[2], ["S1", "R"]), reduction="none")
+    torch.testing.assert_close(loss.full_tensor(), cece.cross_entropy(x, target, reduction="none"))
+
+
+def check_labels_out_of_range_are_named(meshes):
+    target = labels((8, 6))
+    target[7] = 6
+    with pytest.raises(IndexError, match=r"Target 6 is out of bounds: target\[7\]"):
+        cece.check_targets(distribute(target, meshes[1], ["S0"]), 6)
+    cece.check_targets(distribute(target, meshes[1], ["S0"]), 7)
+
+
+def check_compiled(meshes):
+    x, target = torch.rand(8, 6), labels((8, 6))
+    d, t = distribute(grad(x), meshes[1], ["S0"]), distribute(target, meshes[1], ["S0"])
+    compiled = torch.compile(lambda x, t: cece.cross_entropy(x, t), backend="aot_eager", fullgraph=True)
+    compiled(d, t).backward()
+    x = x.detach().requires_grad_()
+    cece.cross_entropy(x, target).backward()
+    torch.testing.assert_close(d.grad.full_tensor(), x.grad)
+
+
+CHECKS = {name: functools.partial(check_case, case=case) for name, case in CASES.items()}
+CHECKS |= {name: check for name, check in globals().items() if name.startswith("check_") and name != "check_case"}
+
+
+def run_rank(directory):
+    import torch.distributed as dist
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    meshes = {1: init_device_mesh("cpu", (RANKS,)), 2: init_device_mesh("cpu", (2, RANKS // 2))}
+    results = {}
+    for name, check in CHECKS.items():
+        torch.manual_seed(0)
+        try:
+            results[name] = check(meshes)
+        except Exception:
+            results[name] = traceback.format_exc()
+            break  # the ranks may be out of step now
+    (Path(directory) / f"{rank}.json").write_text(json.dumps(results))
+    if not any(results.values()):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def environment(**variables):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path]), **variables}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Case -> what each rank has to say of it, None if all is well."""
+    directory = tmp_path_factory.mktemp("ranks")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE), str(directory)],
+            env=environment(RANK=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        said = [p.communicate(timeout=SECONDS)[0] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    files = [directory / f"{rank}.json" for rank in range(RANKS)]
+    assert all(f.is_file() for f in files), "\n".join(said)
+    return [json.loads(f.read_text()) for f in files]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_every_rank(check, outcomes):
+    for rank, said in enumerate(outcomes):
+        assert check in said, f"rank {rank} failed before: {[k for k, v in said.items() if v]}"
+        assert said[check] is None, f"rank {rank}: {said[check]}"
+
+
+def test_not_imported_for_plain_tensors():
+    program = (
+        "import sys, torch, cece;"
+        "cece.cross_entropy(torch.nn.Parameter(torch.rand(3, 4)), torch.zeros(3).long(), torch.rand(4)).backward();"
+        "cece.BCEWithLogitsLoss()(torch.rand(3), torch.rand(3)); cece.BCELoss()(torch.rand(3), torch.rand(3));"
+        "print([m for m in sys.modules if m.startswith('torch.distributed.tensor')])"
+    )
+    out = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+if __name__ == "__main__":
+    run_rank(sys.argv[1])
