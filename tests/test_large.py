@@ -1,0 +1,352 @@
+"""Tensors of the size of real work: what changes over at 4 MiB, 8 MiB, 1024 pixels, 65536 or 2^24 classes.
+
+A large result must be, bit for bit, that of its rows a few at a time: gradients that small are neither streamed nor in
+kept pages, and other tests hold them to float64. Against float64 directly: samples of the rows, the first and the last
+among them, with every class and so the label.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_as_good_as_torch, class_scale, derive, elementwise_scale
+
+import cece
+
+FEW = 250  # rows of a piece: fewer than the pixels of a task
+LEAST = 2**22  # elements of every case: 8 MiB in bfloat16, so 16 MiB in float32 and 32 MiB in float64
+
+
+def labels_like(x):
+    """Classes, some of them the first or the last, and in each image some ignored samples."""
+    y = torch.randint(x.shape[1], x.shape[:1] + x.shape[2:])
+    flat = y.view(-1)
+    flat[::7], flat[1::7] = 0, x.shape[1] - 1
+    flat[3::11] = -100
+    return y
+
+
+def bits_equal(ours, theirs):
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    wrong = ours != theirs
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} elements, the first at {wrong.nonzero()[0].tolist()}"
+    )
+
+
+# ---- cross-entropy
+
+LAYOUTS = {
+    "rows of 1000": lambda: torch.randn(4211, 1000),  # 62.5 lines of 64 bytes
+    "rows of 999": lambda: torch.randn(4211, 999),
+    "rows of 1001": lambda: torch.randn(4211, 1001),
+    "rows of 49": lambda: torch.randn(85_607, 49),
+    "padded rows": lambda: torch.randn(4211, 1017)[:, 5:1006],
+    "tokens": lambda: torch.randn(33, 128_257),
+    "tokens, transposed": lambda: torch.randn(5, 843, 1000).transpose(1, 2),
+    "long rows": lambda: torch.randn(3, 1_400_003),
+    "7 classes": lambda: torch.randn(600_011, 7),
+    "17 classes": lambda: torch.randn(247_111, 17),
+    "48 classes": lambda: torch.randn(87_509, 48),
+    "channels first": lambda: torch.randn(2, 21, 317, 331),
+    "channels first, 1499 pixels apart": lambda: torch.randn(2, 21, 71, 1500)[..., :1499],
+    "channels first, 300 classes": lambda: torch.randn(3, 300, 4703),
+    "channels last": lambda: torch.randn(2, 21, 317, 331).to(memory_format=torch.channels_last),
+    "channels last, 61 classes": lambda: torch.randn(2, 61, 193, 179).to(memory_format=torch.channels_last),
+    "classes outermost": lambda: torch.randn(1000, 4211).t(),
+}
+TARGETS = {  # probabilities' dtype, or None for labels; class weights; smoothing
+    "weighted labels": (None, True, 0.0),
+    "weighted, smoothed labels": (None, True, 0.1),
+    "probabilities": (torch.float32, True, 0.1),
+    "float64 probabilities": (torch.float64, False, 0.0),
+}
+PLAIN_TARGETS = {"labels": (None, False, 0.0), "smoothed labels": (None, False, 0.1)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float32, torch.float64]
+
+
+def matrices(x):
+    """x as matrices of rows and classes whose neighbours in memory are x's: classes or pixels."""
+    if x.dim() == 2:
+        return [x]
+    if x.stride(1) == 1:
+        return [x.movedim(1, -1).reshape(-1, x.shape[1])]
+    return [image.flatten(1).t() for image in x]
+
+
+def by_rows(x):
+    return torch.cat(matrices(x))
+
+
+def in_pieces(x, target, incoming, **options):
+    """Losses of the rows, and the gradient for each of `incoming`, from a few rows at a time."""
+    soft = target.shape == x.shape
+    t = by_rows(target) if soft else target.flatten()
+    results, first = [], 0
+    for rows in matrices(x):
+        for piece in rows.split(min(FEW, max(1, 2**18 // x.shape[1]))):
+            now = slice(first, first + len(piece))
+            piece = piece.detach().requires_grad_()
+            loss = cece.cross_entropy(piece, t[now], reduction="none", **options)
+            grads = [torch.autograd.grad(loss, piece, g[now], retain_graph=True)[0] for g in incoming]
+            results.append((loss.detach(), *grads))
+            first = now.stop
+    return [torch.cat(r) for r in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cross_entropy(layout, kind):
+    dtype = DTYPES[(list(LAYOUTS).index(layout) + list(TARGETS).index(kind)) % len(DTYPES)]
+    x, (soft, weighted, smoothing) = LAYOUTS[layout]().mul_(3).to(dtype), TARGETS[kind]
+    assert x.numel() >= LEAST
+    target = torch.rand_like(x, dtype=soft) if soft else labels_like(x)
+    weight = torch.rand(x.shape[1]) + 0.5 if weighted else None
+    if not soft:
+        x.movedim(1, -1)[target == -100] = torch.nan
+    acc = torch.promote_types(x.dtype, torch.float64 if soft == torch.float64 else torch.float32)
+    options = {"weight": weight, "label_smoothing": smoothing}
+    g = torch.randn(x.shape[:1] + x.shape[2:]).to(acc)
+    total = torch.tensor(g.numel(), dtype=acc)  # what a mean divides by
+    if not soft:
+        total = (torch.ones(x.shape[1]) if weight is None else weight)[target[target != -100]].double().sum().to(acc)
+
+    losses, slopes, mean_slopes = in_pieces(x, target, [g.flatten(), (1 / total).expand(g.numel())], **options)
+    assert losses.dtype == acc
+
+    u = x.detach().requires_grad_()
+    loss = cece.cross_entropy(u, target, reduction="none", **options)
+    bits_equal(loss.detach().flatten(), losses)
+    (grad,) = torch.autograd.grad(loss, u, g)
+    assert grad.stride() == torch.empty_like(x).stride()
+    bits_equal(by_rows(grad), slopes)
+    mean = cece.cross_entropy(u, target, **options)
+    torch.testing.assert_close(mean.double(), losses.double().sum() / total.double(), rtol=2e-7, atol=0)
+    bits_equal(by_rows(torch.autograd.grad(mean, u)[0]), mean_slopes)
+    logits = u * 1
+    loss = cece.cross_entropy(logits, target, reduction="none", inplace_backward=True, **options)
+    (grad,) = torch.autograd.grad(loss, logits, g)
+    assert grad.data_ptr() == logits.data_ptr()
+    bits_equal(by_rows(grad), slopes)
+
+    rows = len(losses)
+    sample = torch.cat([torch.randint(rows, (max(1, min(62, 2**18 // x.shape[1])),)), torch.tensor([0, rows - 1])])
+    some = {"input": by_rows(x)[sample].double(), "target": (by_rows(target) if soft else target.flatten())[sample]}
+    some |= {"weight": None if weight is None else weight.double()}
+    some["input"].nan_to_num_(nan=0.0).requires_grad_()  # of ignored samples
+    some["target"] = some["target"].double() if soft else some["target"]
+    g = g.flatten()[sample].double()
+    how = {"label_smoothing": smoothing, "reduction": "none"}
+    truth = derive(lambda **t: cece.reference.cross_entropy(**t, **how), some, g)
+    scale = some["input"].detach().abs().max() if acc == torch.float64 else 0.0
+    assert_as_good_as_torch(losses[sample], truth["loss"], scale=scale)
+    assert_as_good_as_torch(slopes[sample], truth["input"], scale=class_scale(some, "cross_entropy", g, how))
+
+
+def with_gradient(tensors):
+    return {k: v.detach().requires_grad_(k == "input") if v is not None else v for k, v in tensors.items()}
+
+
+EDGES = {  # of blocks of 1024 and segments of 65536 classes, of tasks of 1024 pixels, of vectors, of sums of 16384 rows
+    "rows": [(3, c) for c in (1023, 1024, 1025, 2048, 16_385, 65_535, 65_536, 65_537, 131_073)],
+    "pixels": [(2, 17, p) for p in (511, 513, 1023, 1024, 1025, 1537, 2049)],
+    "short rows": [(129, c) for c in (*range(15, 34), 47, 48)],
+    "many rows": [(r, 3) for r in (16_383, 16_384, 16_385, 49_153)] + [(16_385, 49)],
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS | PLAIN_TARGETS)
+@pytest.mark.parametrize("shapes", EDGES)
+def test_edges(shapes, kind):
+    """Every element against float64, labels at the edges; in place the same bits; a mean over all of the rows."""
+    soft, weighted, smoothing = (TARGETS | PLAIN_TARGETS)[kind]
+    for shape in EDGES[shapes]:
+        x, classes, rows = torch.randn(shape) * 3, shape[1], shape[:1] + shape[2:]
+        target = torch.rand(shape, dtype=soft) if soft else labels_like(x)
+        if shapes == "rows" and not soft:
+            target[:] = torch.tensor([(classes - 1) // 1024 * 1024, (classes - 1) // 65_536 * 65_536 - 1, classes - 1])
+            target.clamp_min_(0)
+        tensors = {"input": x, "target": target, "weight": torch.rand(classes) + 0.5 if weighted else None}
+        wide = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()}
+        g, how = torch.randn(rows), {"label_smoothing": smoothing, "reduction": "none"}
+
+        def loss(module, options, **t):
+            return module.cross_entropy(t.pop("input") * 1, **t, **options)
+
+        truth = derive(partial(loss, cece.reference, how), with_gradient(wide), g)
+        ours = derive(partial(loss, cece, how), with_gradient(tensors), g)
+        assert_as_good_as_torch(ours["loss"], truth["loss"], scale=30.0 if soft == torch.float64 else 0.0, what=shape)
+        scale = class_scale(wide, "cross_entropy", g.double(), how)
+        assert_as_good_as_torch(ours["input"], truth["input"], scale=scale, what=shape)
+        over = derive(partial(loss, cece, how | {"inplace_backward": True}), with_gradient(tensors), g)
+        bits_equal(over["input"], ours["input"])
+        how["reduction"] = "mean"
+        mean, truth = (cece.cross_entropy(**tensors, **how), cece.reference.cross_entropy(**wide, **how))
+        torch.testing.assert_close(mean.double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtype, shape, at", [(torch.float32, (1, 2**24 + 3), 0), (torch.bfloat16, (1, 2**24 + 3, 2), 1)]
+)
+def test_more_classes_than_float32_can_number(dtype, shape, at):
+    """From 2^24 + 1 on a float32 is not every integer: a label must not stand for its neighbour."""
+    x = torch.randn(shape[1:]).to(dtype)[None]
+    for label in (2**24 + 1, 2**24 - 1):
+        target = torch.full(shape[:1] + shape[2:], label)
+        u = x.detach().requires_grad_()
+        loss = cece.cross_entropy(u, target, reduction="none")
+        (grad,) = torch.autograd.grad(loss.sum(), u)
+        row, slope = (v.detach().view(shape[1], -1)[:, at and 1] for v in (x, grad))
+        log_sum = row.double().logsumexp(0)
+        truth = log_sum - row[label].double()
+        assert_as_good_as_torch(loss.detach().flatten()[at : at + 1], truth[None])
+        some = torch.cat([torch.arange(0, 1000), torch.arange(label - 1000, shape[1])])
+        p = (row[some].double() - log_sum).exp()
+        q = (some == label).double()
+        assert_as_good_as_torch(slope[some], p - q, scale=p * (1 + log_sum - row[some].double()) + q)
+        assert int(slope.argmin()) == label and slope.double().sum().abs() < 1e-3
+
+
+def test_two_large_gradients_at_once_have_memory_of_their_own():
+    """A freed gradient's block is used again, by one at a time."""
+    x, y = torch.randn(4211, 1000).requires_grad_(), torch.randint(1000, (4211,))
+
+    def grad(scale):
+        return torch.autograd.grad(cece.cross_entropy(x, y, reduction="sum") * scale, x)[0]
+
+    one = grad(1.0).clone()
+    for _ in range(2):
+        grads = [grad(s) for s in (1.0, 2.0, 4.0, 8.0)]
+        assert len({g.data_ptr() for g in grads}) == 4
+        for g, s in zip(grads, (1.0, 2.0, 4.0, 8.0), strict=True):
+            bits_equal(g, one * s)
+        del g, grads  # which fills what is kept
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc to read the size of the process from")
+def test_no_more_than_two_freed_gradients_are_kept():
+    def mib():
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("VmSize:")[1].split()[0]) / 1024
+
+    def step(rows):
+        x = torch.randn(rows, 1000).requires_grad_()
+        torch.autograd.grad(cece.cross_entropy(x, torch.zeros(rows, dtype=torch.long)), x)
+
+    step(5000)
+    before = mib()
+    for rows in range(5000, 25_000, 2500):  # 19 to 86 MiB, 420 in all
+        step(rows)
+    assert mib() - before < 86 + 77 + 40
+
+
+@pytest.mark.parametrize("dims", [12, 13, 14])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_more_dimensions_than_a_kernel_takes(dims, soft):
+    """In memory the last one first, so that no two can be taken for one; all losses, forward, backward and in place."""
+    x = torch.randn((2,) * dims).permute(*reversed(range(dims)))
+    y = torch.rand(x.shape) if soft else labels_like(x)
+    rows = torch.randn(x.shape[:1] + x.shape[2:])
+    weight, expected = torch.rand(2), None
+    for logits in (x.contiguous(), x):
+        u = logits.detach().requires_grad_()
+        v = u * 1
+        assert v.stride() == logits.stride()
+        loss = cece.cross_entropy(u, y, weight, reduction="none")
+        over = cece.cross_entropy(v, y, weight, reduction="none", inplace_backward=True)
+        results = [loss.detach(), torch.autograd.grad(loss, u, rows)[0], torch.autograd.grad(over, v, rows)[0]]
+        assert results[2].data_ptr() == v.data_ptr()
+        for binary in (
+            cece.binary_cross_entropy_with_logits,
+            lambda u, *t, **r: cece.binary_cross_entropy(u.sigmoid(), *t, **r),
+        ):
+            for other in (x.sigmoid(), x.sigmoid().contiguous()):
+                loss = binary(u, other, weight, reduction="none")
+                results += [loss.detach(), torch.autograd.grad(loss, u, other)[0]]
+        expected = expected or results
+        for ours, contiguous in zip(results, expected, strict=True):
+            bits_equal(ours, contiguous)
+
+
+# ---- binary cross-entropy
+
+BINARY_LAYOUTS = {
+    "rows of 1000": lambda: torch.rand(4211, 1000),
+    "one dimension, misaligned": lambda: torch.rand(4_200_002)[1:],
+    "padded rows": lambda: torch.rand(4211, 1017)[:, 5:1006],
+    "rows of 7": lambda: torch.rand(600_011, 7),
+    "channels last": lambda: torch.rand(2, 21, 317, 331).to(memory_format=torch.channels_last),
+    "transposed": lambda: torch.rand(1000, 4211).t(),
+}
+OPERANDS = {  # what stands beside input: target's dtype, the shapes of weight and pos_weight: x.shape's last dimensions
+    "plain": (torch.float32, None, None),
+    "weight": (torch.float32, 9, None),
+    "row of weights": (torch.bfloat16, 1, 1),
+    "pos_weight, bool": (torch.bool, None, 9),
+    "float64 target": (torch.float64, 1, None),
+}
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("layout", BINARY_LAYOUTS)
+@pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "binary_cross_entropy"])
+def test_binary_cross_entropy(name, layout, operands):
+    dtype = DTYPES[(list(BINARY_LAYOUTS).index(layout) + list(OPERANDS).index(operands)) % len(DTYPES)]
+    loss_of, logits = getattr(cece, name), name.endswith("logits")
+    x = BINARY_LAYOUTS[layout]()
+    x = (x.sub_(0.5).mul_(20) if logits else x.mul_(0.98).add_(0.01)).to(dtype)
+    assert x.numel() >= LEAST
+    kind, *dims = OPERANDS[operands]
+    y = torch.rand(x.shape)
+    y = y > 0.5 if kind == torch.bool else y.to(kind)
+    weights = [None if d is None else torch.rand(x.shape[max(0, x.dim() - d) :]) + 0.5 for d in dims]
+    named = {k: v for k, v in zip(["weight", "pos_weight"], weights, strict=True) if v is not None}
+    if not logits:
+        named.pop("pos_weight", None)
+    acc = torch.promote_types(torch.promote_types(x.dtype, torch.float32), kind)
+    g = torch.randn(x.shape).to(acc)
+    common = torch.full_like(g, 1 / torch.tensor(x.numel(), dtype=acc))
+
+    flat = {"input": x, "target": y, **{k: v.expand(x.shape) for k, v in named.items()}, "g": g, "common": common}
+    flat = {k: v.reshape(-1) for k, v in flat.items()}
+    results = []
+    for i in range(0, x.numel(), 15_013):
+        piece = {k: v[i : i + 15_013].detach() for k, v in flat.items()}
+        incoming = piece.pop("g"), piece.pop("common")
+        u = piece["input"].requires_grad_()
+        loss = loss_of(**piece, reduction="none")
+        grads = [torch.autograd.grad(loss, u, g, retain_graph=True)[0] for g in incoming]
+        results.append((loss.detach(), *grads))
+    losses, slopes, mean_slopes = (torch.cat(r) for r in zip(*results, strict=True))
+    assert losses.dtype == acc
+
+    u = x.detach().requires_grad_()
+    loss = loss_of(u, y, **named, reduction="none")
+    bits_equal(loss.detach().reshape(-1), losses)
+    (grad,) = torch.autograd.grad(loss, u, g)
+    assert grad.stride() == torch.empty_like(x).stride()
+    bits_equal(grad.reshape(-1), slopes)
+    mean = loss_of(u, y, **named)
+    torch.testing.assert_close(mean.double(), losses.double().mean(), rtol=2e-7, atol=0)
+    bits_equal(torch.autograd.grad(mean, u)[0].reshape(-1), mean_slopes)
+
+    g = flat.pop("g")
+    del flat["common"]
+    sample = torch.cat([torch.randint(x.numel(), (2000,)), torch.arange(100), torch.arange(-100, 0)])
+    some = {k: v[sample].double() for k, v in flat.items()}
+    some["input"].requires_grad_()
+    g = g[sample].double()
+    how = {"reduction": "none"}
+    truth = derive(partial(getattr(cece.reference, name), **how), some, g)
+    assert_as_good_as_torch(losses[sample], truth["loss"], scale=30.0 if acc == torch.float64 else 0.0)
+    scale = elementwise_scale(some, name, g, how)
+    assert_as_good_as_torch(slopes[sample], truth["input"], scale=scale)
+
+
+@pytest.mark.parametrize("count", [16_383, 16_384, 16_385, 49_153, 163_841])
+def test_every_element_counts_once(count):
+    """Losses of exactly 100: a sum of them is exact, whatever the chunk, the block and the lane."""
+    for x in (torch.zeros(count), torch.zeros(count, dtype=torch.bfloat16), torch.zeros(count, 2)[:, 0]):
+        assert cece.binary_cross_entropy(x, torch.ones(count), reduction="sum") == 100 * count
+        assert cece.binary_cross_entropy(x, torch.ones(count)) == 100
