@@ -14,7 +14,7 @@ from conftest import assert_as_good_as_torch, class_scale, derive, elementwise_s
 
 import cece
 
-FEW = 250  # rows of a piece: fewer than the pixels of a task
+FEW = 500  # rows of a piece: fewer than the 1024 pixels of a task
 LEAST = 2**22  # elements of every case: 8 MiB in bfloat16, so 16 MiB in float32 and 32 MiB in float64
 
 
@@ -25,6 +25,13 @@ def labels_like(x):
     flat[::7], flat[1::7] = 0, x.shape[1] - 1
     flat[3::11] = -100
     return y
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def bits_equal(ours, theirs):
@@ -75,24 +82,15 @@ def matrices(x):
     return [image.flatten(1).t() for image in x]
 
 
-def by_rows(x):
-    return torch.cat(matrices(x))
+def rows_of(x):
+    """As matrices of a few rows each."""
+    few = min(FEW, max(1, 2**18 // x.shape[1]))
+    return [piece for matrix in matrices(x) for piece in matrix.split(few)]
 
 
-def in_pieces(x, target, incoming, **options):
-    """Losses of the rows, and the gradient for each of `incoming`, from a few rows at a time."""
-    soft = target.shape == x.shape
-    t = by_rows(target) if soft else target.flatten()
-    results, first = [], 0
-    for rows in matrices(x):
-        for piece in rows.split(min(FEW, max(1, 2**18 // x.shape[1]))):
-            now = slice(first, first + len(piece))
-            piece = piece.detach().requires_grad_()
-            loss = cece.cross_entropy(piece, t[now], reduction="none", **options)
-            grads = [torch.autograd.grad(loss, piece, g[now], retain_graph=True)[0] for g in incoming]
-            results.append((loss.detach(), *grads))
-            first = now.stop
-    return [torch.cat(r) for r in zip(*results, strict=True)]
+def along(pieces, rows):
+    """What belongs to the rows of each piece."""
+    return rows.flatten().split([len(piece) for piece in pieces])
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -106,42 +104,49 @@ def test_cross_entropy(layout, kind):
     if not soft:
         x.movedim(1, -1)[target == -100] = torch.nan
     acc = torch.promote_types(x.dtype, torch.float64 if soft == torch.float64 else torch.float32)
-    options = {"weight": weight, "label_smoothing": smoothing}
     g = torch.randn(x.shape[:1] + x.shape[2:]).to(acc)
     total = torch.tensor(g.numel(), dtype=acc)  # what a mean divides by
     if not soft:
         total = (torch.ones(x.shape[1]) if weight is None else weight)[target[target != -100]].double().sum().to(acc)
-
-    losses, slopes, mean_slopes = in_pieces(x, target, [g.flatten(), (1 / total).expand(g.numel())], **options)
-    assert losses.dtype == acc
+    loss_of = partial(cece.cross_entropy, weight=weight, label_smoothing=smoothing)
 
     u = x.detach().requires_grad_()
-    loss = cece.cross_entropy(u, target, reduction="none", **options)
-    bits_equal(loss.detach().flatten(), losses)
-    (grad,) = torch.autograd.grad(loss, u, g)
-    assert grad.stride() == torch.empty_like(x).stride()
-    bits_equal(by_rows(grad), slopes)
-    mean = cece.cross_entropy(u, target, **options)
-    torch.testing.assert_close(mean.double(), losses.double().sum() / total.double(), rtol=2e-7, atol=0)
-    bits_equal(by_rows(torch.autograd.grad(mean, u)[0]), mean_slopes)
-    logits = u * 1
-    loss = cece.cross_entropy(logits, target, reduction="none", inplace_backward=True, **options)
-    (grad,) = torch.autograd.grad(loss, logits, g)
-    assert grad.data_ptr() == logits.data_ptr()
-    bits_equal(by_rows(grad), slopes)
+    losses = loss_of(u, target, reduction="none")
+    (grad,) = torch.autograd.grad(losses, u, g)
+    losses, logits = losses.detach(), u * 1
+    (over,) = torch.autograd.grad(loss_of(logits, target, reduction="none", inplace_backward=True), logits, g)
+    mean = loss_of(u, target)
+    (mean_grad,) = torch.autograd.grad(mean, u)
+    assert losses.dtype == mean.dtype == acc
+    assert grad.stride() == torch.empty_like(x).stride() and over.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(mean.double(), losses.sum(dtype=torch.float64) / total.double(), rtol=2e-7, atol=0)
 
-    rows = len(losses)
-    sample = torch.cat([torch.randint(rows, (max(1, min(62, 2**18 // x.shape[1])),)), torch.tensor([0, rows - 1])])
-    some = {"input": by_rows(x)[sample].double(), "target": (by_rows(target) if soft else target.flatten())[sample]}
-    some |= {"weight": None if weight is None else weight.double()}
-    some["input"].nan_to_num_(nan=0.0).requires_grad_()  # of ignored samples
-    some["target"] = some["target"].double() if soft else some["target"]
-    g = g.flatten()[sample].double()
+    large = [rows_of(v) for v in (x, grad, over, mean_grad)]
+    targets, g, losses = (
+        rows_of(target) if soft else along(large[0], target),
+        along(large[0], g),
+        along(large[0], losses),
+    )
+    torch.set_num_threads(1)  # a piece is too small to share
+    for i, (rows, grad, over, mean_grad) in enumerate(zip(*large, strict=True)):
+        u = rows.detach().requires_grad_()
+        loss = loss_of(u, targets[i], reduction="none")
+        bits_equal(loss.detach(), losses[i])
+        (slope,) = torch.autograd.grad(loss, u, g[i], retain_graph=True)
+        bits_equal(grad, slope)
+        bits_equal(over, slope)
+        bits_equal(mean_grad, torch.autograd.grad(loss, u, (1 / total).expand(len(rows)))[0])
+
     how = {"label_smoothing": smoothing, "reduction": "none"}
-    truth = derive(lambda **t: cece.reference.cross_entropy(**t, **how), some, g)
-    scale = some["input"].detach().abs().max() if acc == torch.float64 else 0.0
-    assert_as_good_as_torch(losses[sample], truth["loss"], scale=scale)
-    assert_as_good_as_torch(slopes[sample], truth["input"], scale=class_scale(some, "cross_entropy", g, how))
+    for i in {0, len(g) // 2, len(g) - 1}:
+        some = {"input": large[0][i].double().nan_to_num(nan=0.0).requires_grad_()}  # NaN: of ignored samples
+        some |= {"target": targets[i].double() if soft else targets[i]}
+        some |= {"weight": None if weight is None else weight.double()}
+        truth = derive(partial(cece.reference.cross_entropy, **how), some, g[i].double())
+        scale = some["input"].detach().abs().max() if acc == torch.float64 else 0.0
+        assert_as_good_as_torch(losses[i], truth["loss"], scale=scale)
+        scale = class_scale(some, "cross_entropy", g[i].double(), how)
+        assert_as_good_as_torch(large[1][i], truth["input"], scale=scale)
 
 
 def with_gradient(tensors):
@@ -280,7 +285,6 @@ BINARY_LAYOUTS = {
     "transposed": lambda: torch.rand(1000, 4211).t(),
 }
 OPERANDS = {  # what stands beside input: target's dtype, the shapes of weight and pos_weight: x.shape's last dimensions
-    "plain": (torch.float32, None, None),
     "weight": (torch.float32, 9, None),
     "row of weights": (torch.bfloat16, 1, 1),
     "pos_weight, bool": (torch.bool, None, 9),
@@ -306,42 +310,38 @@ def test_binary_cross_entropy(name, layout, operands):
         named.pop("pos_weight", None)
     acc = torch.promote_types(torch.promote_types(x.dtype, torch.float32), kind)
     g = torch.randn(x.shape).to(acc)
-    common = torch.full_like(g, 1 / torch.tensor(x.numel(), dtype=acc))
-
-    flat = {"input": x, "target": y, **{k: v.expand(x.shape) for k, v in named.items()}, "g": g, "common": common}
-    flat = {k: v.reshape(-1) for k, v in flat.items()}
-    results = []
-    for i in range(0, x.numel(), 15_013):
-        piece = {k: v[i : i + 15_013].detach() for k, v in flat.items()}
-        incoming = piece.pop("g"), piece.pop("common")
-        u = piece["input"].requires_grad_()
-        loss = loss_of(**piece, reduction="none")
-        grads = [torch.autograd.grad(loss, u, g, retain_graph=True)[0] for g in incoming]
-        results.append((loss.detach(), *grads))
-    losses, slopes, mean_slopes = (torch.cat(r) for r in zip(*results, strict=True))
-    assert losses.dtype == acc
 
     u = x.detach().requires_grad_()
-    loss = loss_of(u, y, **named, reduction="none")
-    bits_equal(loss.detach().reshape(-1), losses)
-    (grad,) = torch.autograd.grad(loss, u, g)
+    losses = loss_of(u, y, **named, reduction="none")
+    (grad,) = torch.autograd.grad(losses, u, g)
+    losses, mean = losses.detach(), loss_of(u, y, **named)
+    (mean_grad,) = torch.autograd.grad(mean, u)
+    assert losses.dtype == mean.dtype == acc
     assert grad.stride() == torch.empty_like(x).stride()
-    bits_equal(grad.reshape(-1), slopes)
-    mean = loss_of(u, y, **named)
-    torch.testing.assert_close(mean.double(), losses.double().mean(), rtol=2e-7, atol=0)
-    bits_equal(torch.autograd.grad(mean, u)[0].reshape(-1), mean_slopes)
+    torch.testing.assert_close(mean.double(), losses.mean(dtype=torch.float64), rtol=2e-7, atol=0)
 
-    g = flat.pop("g")
-    del flat["common"]
-    sample = torch.cat([torch.randint(x.numel(), (2000,)), torch.arange(100), torch.arange(-100, 0)])
-    some = {k: v[sample].double() for k, v in flat.items()}
-    some["input"].requires_grad_()
-    g = g[sample].double()
+    def pieces(t):
+        return t.reshape(-1).split(15_013)
+
+    tensors = {"input": x, "target": y} | {k: v.expand(x.shape) for k, v in named.items()}
+    tensors = [dict(zip(tensors, t, strict=True)) for t in zip(*map(pieces, tensors.values()), strict=True)]
+    large = [pieces(v) for v in (losses, g, grad, mean_grad)]
+    common = 1 / torch.tensor(x.numel(), dtype=acc)
+    torch.set_num_threads(1)  # a piece is too small to share
+    for some, losses, g, grad, mean_grad in zip(tensors, *large, strict=True):
+        u = some["input"].detach().requires_grad_()
+        loss = loss_of(**some | {"input": u}, reduction="none")
+        bits_equal(loss.detach(), losses)
+        bits_equal(grad, torch.autograd.grad(loss, u, g, retain_graph=True)[0])
+        bits_equal(mean_grad, torch.autograd.grad(loss, u, common.expand(len(u)))[0])
+
     how = {"reduction": "none"}
-    truth = derive(partial(getattr(cece.reference, name), **how), some, g)
-    assert_as_good_as_torch(losses[sample], truth["loss"], scale=30.0 if acc == torch.float64 else 0.0)
-    scale = elementwise_scale(some, name, g, how)
-    assert_as_good_as_torch(slopes[sample], truth["input"], scale=scale)
+    for i in {0, len(tensors) // 2, len(tensors) - 1}:
+        losses, g, grad, _ = (v[i] for v in large)
+        some = {k: v.double().requires_grad_(k == "input") for k, v in tensors[i].items()}
+        truth = derive(partial(getattr(cece.reference, name), **how), some, g.double())
+        assert_as_good_as_torch(losses, truth["loss"], scale=30.0 if acc == torch.float64 else 0.0)
+        assert_as_good_as_torch(grad, truth["input"], scale=elementwise_scale(some, name, g.double(), how))
 
 
 @pytest.mark.parametrize("count", [16_383, 16_384, 16_385, 49_153, 163_841])
