@@ -221,6 +221,49 @@ def test_float64_targets_beside_float32_input(name):
         same_digits(narrow, wide)
 
 
+# ---- what is known to be wrong; `strict`, so that a cure is noticed here
+
+
+def known(reason):
+    return pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError)
+
+
+@known("x x - 2 x y + y cancels where x is near 1; y (1 - x)^2 + (1 - y) x^2 is the same and does not")
+@pytest.mark.parametrize(
+    "dtype, rtol, places", [(torch.float64, 1e-12, [1 - 1e-6, 1 - 2e-12]), (torch.float32, 1e-5, [0.9999])]
+)
+def test_second_order_of_probabilities_near_1(dtype, rtol, places):
+    x, y, in_x, _ = at_the_clamps(1.0, torch.tensor(places, dtype=dtype).tolist())
+    ours = jacrev(grad(lambda x: cece.binary_cross_entropy(x, y.to(dtype), reduction="sum")))(x.to(dtype)).diagonal()
+    torch.testing.assert_close(ours.double(), in_x, rtol=rtol, atol=0)
+
+
+@known("the derivative of log x clamped is 0 / 0 at x = 0")
+@pytest.mark.parametrize("place", [0.0, 1.0])
+def test_derivative_of_a_targets_gradient_at_probabilities_of_0_and_1(place):
+    x, y = torch.tensor(place, **f64), torch.tensor(0.4, **f64)
+    assert jacrev(lambda x: grad(cece.binary_cross_entropy, 1)(x, y))(x).isfinite()
+
+
+@known("softmax of a row with +inf is NaN, its gradient is 0")
+def test_second_order_of_a_certainty():
+    x = torch.tensor([[1.0, float("inf"), 2.0]], **f64)
+    for product in second_order(lambda x: cece.cross_entropy(x, torch.tensor([1])), x):
+        assert not product.any() and product.isfinite().all()
+
+
+@known("the mask stands behind the incoming gradient and the softmax: 0 * NaN")
+@pytest.mark.parametrize("order, incoming", [(2, float("inf")), (2, float("nan")), (3, 1.0)])
+def test_higher_orders_of_ignored_samples(order, incoming):
+    x, t = torch.randn(3, 5, **f64), torch.tensor([1, -100, 3])
+    x[1] = float("nan")
+    loss = cece.cross_entropy(x.requires_grad_(), t, reduction="none")
+    (g,) = torch.autograd.grad(loss, x, torch.tensor([1.0, incoming, 1.0], **f64), create_graph=True)
+    for _ in range(order - 1):
+        (g,) = torch.autograd.grad(g[[0, 2]].square().sum(), x, create_graph=True)
+    assert g[[0, 2]].isfinite().all() and not g[1].any()
+
+
 # ---- torch.func
 
 
