@@ -251,15 +251,15 @@ def test_no_more_than_two_freed_gradients_are_kept():
 def test_more_dimensions_than_a_kernel_takes(dims, soft):
     """In memory the last one first, so that no two can be taken for one; all losses, forward, backward and in place."""
     x = torch.randn((2,) * dims).permute(*reversed(range(dims)))
-    y = torch.rand(x.shape) if soft else labels_like(x)
+    y = torch.rand_like(x) if soft else labels_like(x)
     rows = torch.randn(x.shape[:1] + x.shape[2:])
     weight, expected = torch.rand(2), None
-    for logits in (x.contiguous(), x):
+    for logits, target in ((x.contiguous(), y.contiguous()), (x, y), (x, y.contiguous()), (x.contiguous(), y)):
         u = logits.detach().requires_grad_()
         v = u * 1
         assert v.stride() == logits.stride()
-        loss = cece.cross_entropy(u, y, weight, reduction="none")
-        over = cece.cross_entropy(v, y, weight, reduction="none", inplace_backward=True)
+        loss = cece.cross_entropy(u, target, weight, reduction="none")
+        over = cece.cross_entropy(v, target, weight, reduction="none", inplace_backward=True)
         results = [loss.detach(), torch.autograd.grad(loss, u, rows)[0], torch.autograd.grad(over, v, rows)[0]]
         assert results[2].data_ptr() == v.data_ptr()
         for binary in (
