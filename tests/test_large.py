@@ -274,6 +274,17 @@ def test_more_dimensions_than_a_kernel_takes(dims, soft):
             bits_equal(ours, contiguous)
 
 
+def test_large_gradient_of_many_dimensions():
+    """4 MiB, for which there are kept pages."""
+    x = torch.randn((2,) * 20).permute(*reversed(range(20)))
+    y = labels_like(x)
+    slopes = []
+    for logits in (x.contiguous(), x):
+        u = logits.detach().requires_grad_()
+        slopes += torch.autograd.grad(cece.cross_entropy(u, y), u)
+    bits_equal(slopes[1], slopes[0])
+
+
 @pytest.mark.xfail(reason="contiguous, and empty_like's when traced", strict=True, raises=AssertionError)
 @pytest.mark.parametrize("dims", [13, 14])
 def test_strides_of_the_gradient_of_many_dimensions(dims):
