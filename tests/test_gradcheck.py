@@ -221,6 +221,21 @@ def test_float64_targets_beside_float32_input(name):
         same_digits(narrow, wide)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits"])
+def test_tangents_have_the_dtype_of_what_they_are_of(name, dtype):
+    x, y, v = torch.rand(4, 5).to(dtype), torch.rand(4, 5), torch.randn(4, 5).to(dtype)
+    loss = partial(getattr(cece, name), target=y, reduction="sum")
+    value, tangent = jvp(loss, (x,), (v,))
+    assert tangent.dtype == value.dtype == torch.float32
+    slope, second = jvp(grad(loss), (x,), (v,))
+    assert second.dtype == slope.dtype == dtype
+    wide = partial(getattr(cece, name), target=y.double(), reduction="sum")
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(tangent.double(), jvp(wide, (x.double(),), (v.double(),))[1], **tolerance)
+    torch.testing.assert_close(second.double(), jvp(grad(wide), (x.double(),), (v.double(),))[1], **tolerance)
+
+
 # ---- what is known to be wrong; `strict`, so that a cure is noticed here
 
 

@@ -300,7 +300,7 @@ BINARY_LAYOUTS = {
     "rows of 1000": lambda: torch.rand(4211, 1000),
     "one dimension, misaligned": lambda: torch.rand(4_200_002)[1:],
     "padded rows": lambda: torch.rand(4211, 1017)[:, 5:1006],
-    "rows of 7": lambda: torch.rand(600_011, 7),
+    "rows of 7, transposed": lambda: torch.rand(317, 1907, 7).transpose(0, 1),
     "channels last": lambda: torch.rand(2, 21, 317, 331).to(memory_format=torch.channels_last),
     "transposed": lambda: torch.rand(1000, 4211).t(),
 }
