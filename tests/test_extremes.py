@@ -152,6 +152,20 @@ def test_a_label_of_probability_0_costs_infinitely_much(backend):
         torch.testing.assert_close(loss[1].item(), float(np.log(classes)), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("classes", [2, 5, 40, 49, 1030])
+def test_mass_on_a_class_of_probability_0_costs_infinitely_much(backend, classes):
+    """Probabilities' or smoothing's, wherever the class stands among the others that cost something."""
+    for at in sorted({0, classes // 2, classes - 1}):
+        x = torch.randn(2, classes)
+        x[1, at] = -INF
+        labels = torch.full((2,), classes - 1 - at if classes - 1 - at != at else 0)
+        for t, smoothing in ((torch.full((2, classes), 1 / classes), 0.0), (labels, 0.1)):
+            for u, v in ((x, t), (x.t()[None].contiguous(), t.t()[None].contiguous() if t.dim() == 2 else t[None])):
+                u, v = u.to(backend.device), v.to(backend.device)
+                loss = cece.cross_entropy(u, v, label_smoothing=smoothing, reduction="none").flatten()
+                assert loss[0].isfinite() and loss[1] == INF
+
+
 @pytest.mark.parametrize("classes", [1, 2, 5, 48, 49, 1024, 1030, 65600])
 def test_nan_comes_out_as_nan(backend, classes):
     """Wherever it stands; of that sample only."""
@@ -386,6 +400,18 @@ def test_an_impossible_class_that_nobody_expects_costs_nothing(backend, classes)
         assert_as_good_as_torch(loss.detach().flatten(), truth, scale=1.0)
         assert not grad.select(1, 1).any() and grad.isfinite().all()
     assert F.cross_entropy(x, t, reduction="none").isnan().all()
+
+
+def test_a_subnormal_probability_keeps_its_logarithm(backend):
+    """Down to the bound of 100 nats, between 2^-144 and 2^-145; also where it is an outcome's that is not expected."""
+    x = torch.tensor([2.0**-126, 1e-38, 5e-39, 1e-40, 1e-42, 2.0**-144, 2.0**-145, 2.0**-149, 0.0])
+    for dtype in (torch.float32, torch.bfloat16):
+        u = x.to(dtype)
+        truth = -u.double().log().clamp_min(-100)
+        loss = cece.binary_cross_entropy(u.to(backend.device), torch.ones_like(u).to(backend.device), reduction="none")
+        assert_as_good_as_torch(loss, truth)
+        loss = cece.binary_cross_entropy(u.to(backend.device), torch.zeros_like(u).to(backend.device), reduction="none")
+        assert_as_good_as_torch(loss, -(-u.double()).log1p())
 
 
 def test_float32_binary_loss_is_right_to_1e_6(backend):
