@@ -236,14 +236,17 @@ struct CrossEntropyFormulas {
   }
   Tensor of_rows(int64_t i) const { return stats.select(0, i).unsqueeze(dim); }            // 0 max, 1 log_sum, 2 mass
   Tensor mass() const { return soft ? weighted(smoothed()).sum(dim, true) : of_rows(2); }  // sum_j q_j of each row
-  Tensor used(const Tensor& a) const {  // a, of shape (N, C, d...), but 0 in ignored rows, whatever is in them
-    return soft ? a : a.masked_fill((t.to(at::kLong) == o.ignore_index).unsqueeze(dim), 0);  // uint8's 156 is not -100
+  // a, of the logits' shape or the rows', but 0 in ignored rows, whatever is in them. Of inputs, not of results: what
+  // came of a NaN would be NaN again in the next derivative.
+  Tensor used(const Tensor& a) const {
+    if (soft) return a;
+    return a.masked_fill((t.to(at::kLong) == o.ignore_index).unsqueeze(dim), 0);  // as uint8, 156 would be -100
   }
 
   // In a row whose maximum is +inf that is one certain class: finite numbers far apart say so too, without inf - inf.
   Tensor certain() const { return (of_rows(0) == kInfinity).logical_and(of_rows(1) == of_rows(1)); }
   Tensor finite() const {
-    return at::minimum(x.to(acc), at::full_like(of_rows(0), kInfinity).masked_fill(certain(), largest_of(acc)));
+    return at::minimum(used(x).to(acc), at::full_like(of_rows(0), kInfinity).masked_fill(certain(), largest_of(acc)));
   }
   Tensor softmax() const { return at::softmax(finite(), dim); }
   Tensor minus_log_softmax() const {
@@ -251,7 +254,7 @@ struct CrossEntropyFormulas {
   }
 
   Tensor scale(const Tensor& grad) const {  // d(reduced loss) / d(row's loss), times the incoming gradient
-    if (o.reduction == kNone) return grad.unsqueeze(dim);
+    if (o.reduction == kNone) return used(grad.unsqueeze(dim));
     return o.reduction == kMean ? grad / total : grad;
   }
   Tensor reduce(const Tensor& a) const { return o.reduction == kNone ? a.sum(dim) : a.sum(); }
@@ -261,7 +264,7 @@ struct CrossEntropyFormulas {
     const Tensor ones = o.reduction == kNone ? at::ones_like(stats.select(0, 0)) : at::ones_like(total);
     return call_backward(ones, x.to(acc), t, maybe(w), stats, total, o);
   }
-  Tensor along_gradient(const Tensor& v) const { return reduce(used(unit_gradient() * v)); }
+  Tensor along_gradient(const Tensor& v) const { return reduce(unit_gradient() * used(v)); }
 
   // Gradients of loss = -sum_j w_j t'_j log p_j, t' = smoothed(t)
   Tensor target_slope() const { return weighted(keep() * minus_log_softmax()); }
@@ -273,9 +276,9 @@ struct CrossEntropyFormulas {
   }
 
   // Of the gradient G_j = s (p_j m - q_j), with s the scale and m the mass: its change along a change of its inputs.
-  Tensor along_x(const Tensor& s, const Tensor& v) const {  // s m p (v - sum_k p_k v_k), symmetric: also its vjp
-    const Tensor p = softmax();
-    return used(s * mass() * p * (v - (p * v).sum(dim, true)));
+  Tensor along_x(const Tensor& s, const Tensor& dx) const {  // s m p (v - sum_k p_k v_k), symmetric: also its vjp
+    const Tensor p = softmax(), v = used(dx);
+    return s * mass() * p * (v - (p * v).sum(dim, true));
   }
   Tensor along_q(const Tensor& s, const Tensor& dq) const { return s * (softmax() * dq.sum(dim, true) - dq); }
   Tensor onto_q(const Tensor& s, const Tensor& v) const { return s * ((softmax() * v).sum(dim, true) - v); }
@@ -322,7 +325,7 @@ bool may_overwrite(const Tensor& grad, const Tensors& saved) {
   const Tensor& x = saved[0];
   bool may = !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() && plain(grad);
   for (const Tensor& t : saved) may = may && plain(t);
-  if (!may || !separate(x) || x.dim() > kMaxDims) return false;
+  if (!may || !separate(x)) return false;
   for (const Tensor& t : {grad, saved[1], saved[2], saved[3], saved[4]}) {
     if (t.defined() && t.is_alias_of(x)) return false;
   }
@@ -478,14 +481,22 @@ struct BinaryFormulas {
 
   Tensor up() const { return -at::log_sigmoid(-x); }   // softplus(x)
   Tensor down() const { return -at::log_sigmoid(x); }  // softplus(-x)
-  static Tensor capped(const Tensor& log) { return -log.clamp_min(-100); }
+  // -log x and -log(1 - x), at most 100; the derivative of what is cut off is 0, where that of a clamped log is 0 / 0.
+  Tensor minus_log_x() const {
+    const Tensor fine = x > kLeast;
+    return at::where(fine, -at::where(fine, x, 1).log(), 100);
+  }
+  Tensor minus_log_rest() const {
+    const Tensor fine = x < 1;
+    return at::where(fine, -(-at::where(fine, x, 0)).log1p(), 100);
+  }
   Tensor variance() const { return ((1 - x) * x).clamp_min(1e-12); }
 
   Tensor loss() const {
     return with_logits ? times(1 - y, up()) + times(positive(y), down())
-                       : y * capped(x.log()) + (1 - y) * capped((-x).log1p());
+                       : y * minus_log_x() + (1 - y) * minus_log_rest();
   }
-  Tensor loss_y() const { return with_logits ? positive(down()) - up() : capped(x.log()) - capped((-x).log1p()); }
+  Tensor loss_y() const { return with_logits ? positive(down()) - up() : minus_log_x() - minus_log_rest(); }
   Tensor loss_p() const { return times(y, down()); }
 
   Tensor phi() const {
@@ -494,7 +505,7 @@ struct BinaryFormulas {
   Tensor phi_x() const {
     if (with_logits) return ((1 - y) + positive(y)) * x.sigmoid() * (-x).sigmoid();
     const Tensor v = variance();
-    return at::where((1 - x) * x < 1e-12, 1 / v, (x * x - 2 * x * y + y) / (v * v));
+    return at::where((1 - x) * x < 1e-12, 1 / v, (y * (1 - x) * (1 - x) + (1 - y) * x * x) / (v * v));
   }
   Tensor phi_y() const { return with_logits ? -x.sigmoid() - positive((-x).sigmoid()) : -1 / variance(); }
   Tensor phi_p() const { return -y * (-x).sigmoid(); }
@@ -504,6 +515,9 @@ struct BinaryFormulas {
     const Tensor ones = reduction == kNone ? at::ones_like(x) : at::ones({}, x.options());
     return reduce(call_bce_backward(ones, x, target, raw_w, raw_p, with_logits, reduction) * v);
   }
+
+ private:
+  static constexpr double kLeast = 3.7200759760208361e-44;  // e^-100
 };
 
 struct BinaryOptions {

@@ -6,7 +6,6 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <c10/core/SymIntArrayRef.h>
 
@@ -216,15 +215,9 @@ inline CrossEntropyOutputs allocate_outputs(const CrossEntropyShapes& s, const T
   return out;
 }
 
-// empty_like, but contiguous where `like` may have more dimensions than a kernel takes: merge_dims can then merge all.
-inline Tensor gradient_like(const Tensor& like, std::optional<c10::Device> device = std::nullopt) {
-  const auto options = like.options().device(device.value_or(like.device()));
-  return like.dim() > kMaxDims ? at::empty_symint(like.sym_sizes(), options) : at::empty_like(like, options);
-}
-
 struct CrossEntropyCall {
   CrossEntropyArgs args{};
-  Tensor logits, target, weight;  // as the args point at them
+  Tensor logits, target, weight, grad_logits;  // as the args point at them
   CrossEntropyShapes shapes;
 };
 
@@ -249,17 +242,18 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
     if (d != class_dim) row_dims.push_back(d);
   }
   call.logits = logits;
+  if (grad_logits) call.grad_logits = *grad_logits;
   call.target = soft ? target : contiguous_as(target, target.scalar_type());
   const auto merge = [&] {
     c10::SmallVector<Strided, 3> all{{&call.logits, &a.logits}};
     if (soft) all.push_back({&call.target, &a.probabilities});
-    if (grad_logits) all.push_back({grad_logits, &a.grad_logits});
+    if (grad_logits) all.push_back({&call.grad_logits, &a.grad_logits});
     return merge_dims(call.logits.sizes(), row_dims, all, a.rows);
   };
-  if (!merge()) {  // only a tensor of ten and more dimensions that no two of can be merged
-    TORCH_CHECK(!grad_logits || grad_logits->is_contiguous(), "cece.cross_entropy: input has too many dimensions");
+  if (!merge()) {  // only a tensor of more than kMaxDims dimensions that no two of can be merged
     call.logits = logits.contiguous();
     call.target = call.target.contiguous();
+    if (grad_logits) call.grad_logits = at::empty(logits.sizes(), logits.options());  // deliver() brings it home
     merge();
   }
   const auto fill = [&](Operand& o, void* data, const Tensor& t) {
@@ -267,7 +261,7 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
     o.dtype = *dtype_of(t);
     o.class_stride = t.stride(class_dim);
   };
-  if (grad_logits) fill(a.grad_logits, room_of(*grad_logits), *grad_logits);
+  if (grad_logits) fill(a.grad_logits, room_of(call.grad_logits), call.grad_logits);
   fill(a.logits, data_of(call.logits), call.logits);
   if (soft) {
     fill(a.probabilities, data_of(call.target), call.target);
@@ -276,6 +270,11 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
     a.label_dtype = *dtype_of(call.target);
   }
   return call;
+}
+
+// What a kernel wrote, where it had to be written elsewhere than it belongs.
+inline void deliver(const Tensor& written, const Tensor& gradient) {
+  if (!written.is_same(gradient)) gradient.copy_(written);
 }
 
 inline CrossEntropyOutputs allocate_outputs(CrossEntropyCall& call) {
@@ -402,9 +401,7 @@ inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, co
     return merge_dims(input.sizes(), dims, all, a.shape);
   };
   if (!merge()) {
-    TORCH_CHECK(!grad_input || grad_input->is_contiguous(), "cece.", name_of(with_logits),
-                ": input has too many dimensions");
-    for (Tensor& t : call.held) {
+    for (Tensor& t : call.held) {  // the gradient too: deliver()
       if (t.defined() && t.dim() == input.dim()) t = t.contiguous();
     }
     merge();

@@ -1,5 +1,6 @@
 // The operators without data: what they return, and all that is wrong with shapes and dtypes. For meta tensors, and so
 // for FakeTensor, torch.compile and torch.export, whose sizes may be symbols; check.h does the work for all backends.
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "check.h"
@@ -27,7 +28,7 @@ Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Te
                               const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                               double label_smoothing) {
   check_backward(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing);
-  return gradient_like(logits);
+  return at::empty_like(logits);
 }
 
 Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
@@ -40,7 +41,7 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
                                      const MaybeTensor& weight, const MaybeTensor& pos_weight, bool with_logits,
                                      int64_t reduction) {
   check_binary_cross_entropy_shapes(input, target, weight, pos_weight, with_logits, reduction, &grad);
-  return gradient_like(input);
+  return at::empty_like(input);
 }
 
 }  // namespace

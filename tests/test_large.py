@@ -287,7 +287,6 @@ def test_large_gradient_of_many_dimensions():
     bits_equal(slopes[1], slopes[0])
 
 
-@pytest.mark.xfail(reason="contiguous, and empty_like's when traced", strict=True, raises=AssertionError)
 @pytest.mark.parametrize("dims", [13, 14])
 def test_strides_of_the_gradient_of_many_dimensions(dims):
     """What a compiled graph is told they are: those of empty_like."""

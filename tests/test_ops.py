@@ -91,7 +91,7 @@ LAYOUTS = {
 
 
 def test_fake_strides_where_no_dimensions_merge():
-    """13 of them: the real gradient is contiguous, and so is the fake one."""
+    """13 of them, more than a kernel takes: gradients are laid out like the input all the same."""
     x = torch.randn((2,) * 13).permute(12, 1, 10, 3, 8, 5, 6, 7, 4, 9, 2, 11, 0)
     t, mode = torch.zeros((2,) * 12, dtype=torch.long), FakeTensorMode()
     forward = x, t, None, ops.MEAN, -100, 0.0

@@ -76,9 +76,9 @@ struct GradientAllocator final : c10::Allocator {
 };
 
 Tensor empty_gradient(const Tensor& like) {
-  if (size_t(like.numel()) * like.element_size() < Pages::kLeast) return gradient_like(like);
+  if (size_t(like.numel()) * like.element_size() < Pages::kLeast) return at::empty_like(like);
   static GradientAllocator& allocator = *new GradientAllocator;  // never destroyed: tensors may outlive it
-  const Tensor plain = gradient_like(like, c10::kMeta);          // its strides
+  const Tensor plain = at::empty_like(like, like.options().device(c10::kMeta));  // its strides
   return at::detail::empty_strided_generic(plain.sizes(), plain.strides(), &allocator,
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), like.scalar_type());
 }
@@ -151,6 +151,7 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
                [&](int64_t b, int64_t e) { k.backward_rows(a, scratch(), b, e); });
     }
   });
+  deliver(call.grad_logits, grad_logits);
 }
 
 Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
@@ -219,6 +220,7 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
   visit_acc(call.acc, [&](const auto&, const auto& k) {
     parallel(ceil_div(a.shape.count, kChunk), 1, [&](int64_t b, int64_t e) { k.backward(a, scratch(), b, e); });
   });
+  deliver(call.held[5], grad_input);
   return grad_input;
 }
 

@@ -85,12 +85,13 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
   const auto held = check_saved(call, grad, stats, total_weight);
   kernels(call.shapes.acc, call.logits).cross_entropy.backward(call.args, current_device(logits));
   check_launch();
+  deliver(call.grad_logits, grad_logits);
 }
 
 Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                               const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                               double label_smoothing) {
-  Tensor grad_logits = gradient_like(logits);
+  Tensor grad_logits = at::empty_like(logits);
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
                  grad_logits);
   return grad_logits;
@@ -122,11 +123,12 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
                                      const MaybeTensor& weight, const MaybeTensor& pos_weight, bool with_logits,
                                      int64_t reduction) {
   const c10::DeviceGuard guard(input.device());
-  Tensor grad_input = gradient_like(input);
+  Tensor grad_input = at::empty_like(input);
   BinaryCrossEntropyCall call =
       check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction, &grad, &grad_input);
   kernels(call.acc, input).binary_cross_entropy.backward(call.args, current_device(input));
   check_launch();
+  deliver(call.held[5], grad_input);
   return grad_input;
 }
 
