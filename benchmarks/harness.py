@@ -96,7 +96,7 @@ class Cece(Step):
 class CeceInPlace(Cece):
     def prepare(self):
         super().prepare()
-        self.not_a_leaf = self.logits.view_as(self.logits)
+        self.not_a_leaf = self.logits.clone(memory_format=torch.preserve_format)  # as a layer leaves them
 
     def forward(self):
         return self.loss(self.not_a_leaf, self.target, inplace_backward=True, **self.options)

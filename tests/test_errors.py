@@ -339,6 +339,32 @@ def test_the_same_calls_right_are_taken_without_data(mode):
     mode(right)
 
 
+@pytest.mark.parametrize("mode", [lambda call: call(), on_meta, on_fakes], ids=["real", "meta", "fake"])
+def test_a_backward_that_is_not_the_forwards_is_refused(mode):
+    """Called by hand, the operators take nothing that would make a kernel read beyond what it was given."""
+    backward, binary = torch.ops.cece.cross_entropy_backward, torch.ops.cece.binary_cross_entropy_backward
+
+    def ce(grad=(), stats=(3, 6), total=(), reduction=1):
+        backward(x(*grad), x(6, 5), torch.zeros(6).long(), None, x(*stats), x(*total), reduction, -100, 0.0)
+
+    def bce(grad, reduction):
+        binary(x(*grad), x(6, 5), x(6, 5), None, None, True, reduction)
+
+    mode(ce)
+    mode(lambda: ce((6,), reduction=0))
+    mode(lambda: bce((), 1))
+    wrong = {
+        "grad must have the shape of the loss, got [6]": lambda: ce((6,)),
+        "grad must have the shape of the loss, got []": lambda: ce(reduction=0),
+        "stats and total_weight must be the forward's, got shapes [3, 5] and []": lambda: ce(stats=(3, 5)),
+        "stats and total_weight must be the forward's, got shapes [3, 6] and [6]": lambda: ce(total=(6,)),
+        "_backward: grad must have the shape of the loss, got [5]": lambda: bce((5,), 0),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            mode(call)
+
+
 def test_fakes_of_different_devices_are_told_apart():
     """In our words, also where a tensor without dimensions is one that torch would take from anywhere."""
     with FakeTensorMode():

@@ -442,3 +442,42 @@ def test_half_precision_forward_mode_over_17_million_elements(name):
     else:
         loss = lambda x: cece.cross_entropy(x, torch.zeros(len(x), dtype=torch.uint8))  # noqa: E731
     torch.testing.assert_close(jvp(loss, (x,), (v,))[1].item(), 0.5, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_arrives_for_an_ignored_sample_is_dropped_in_second_order(reduction):
+    """The vector of a double backward may hold anything where the first gradient is 0 whatever happens."""
+    x, t = torch.randn(3, 5, **f64).requires_grad_(), torch.tensor([1, -100, 3])
+    v = torch.randn(3, 5, **f64)
+    results = []
+    for bad in (0.0, float("nan"), float("inf")):
+        v[1] = bad
+        loss = cece.cross_entropy(x, t, label_smoothing=0.1, reduction=reduction)
+        g = torch.ones_like(loss).requires_grad_()
+        (first,) = torch.autograd.grad(loss, x, g, create_graph=True)
+        results.append(torch.autograd.grad(first, (x, g), v))
+    for of_x, of_g in results:
+        assert torch.equal(of_x, results[0][0]) and torch.equal(of_g, results[0][1])
+        assert of_x.isfinite().all() and not of_x[1].any() and of_x[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16], ids=str)
+def test_labels_that_wrap_around_to_ignore_index_count_in_every_order(dtype):
+    """As uint8, 156 and -100 are the same bits."""
+    x, t, v = torch.randn(3, 200, **f64), torch.tensor([156, 3, 199]), torch.randn(3, 200, **f64)
+    ignore_index = -100 if dtype == torch.uint8 else 156 - 2**16
+
+    def product(t):
+        return jvp(grad(lambda x: cece.cross_entropy(x, t, ignore_index=ignore_index)), (x,), (v,))[1]
+
+    assert torch.equal(product(t.to(dtype)), product(t)) and product(t)[0].any()
+    ours = vmap(lambda x: cece.cross_entropy(x, t.to(dtype), ignore_index=ignore_index))(torch.stack([x, v]))
+    assert torch.equal(ours, vmap(lambda x: cece.cross_entropy(x, t, ignore_index=ignore_index))(torch.stack([x, v])))
+
+
+def test_gradient_of_a_target_at_tiny_probabilities():
+    """-log x + log(1 - x), down to the bound of -100 on a logarithm."""
+    x = torch.tensor([1e-20, 1e-35, 1e-43, 3e-44, 0.0, 1 - 2**-53, 1.0], **f64)
+    t = torch.full_like(x, 0.5).requires_grad_()
+    (slope,) = torch.autograd.grad(cece.binary_cross_entropy(x, t, reduction="sum"), t)
+    close(slope, -x.log().clamp_min(-100) + (-x).log1p().clamp_min(-100))

@@ -144,6 +144,13 @@ def test_an_allocation_that_cannot_be_is_torchs_error():
     assert resident(code) == [1]
 
 
+def test_the_profiler_sees_as_much_freed_as_allocated():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        large_gradient(2049, 1001)
+    events = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert max(events) >= 2049 * 1001 * 4 and sum(events) == 0
+
+
 # ---- stacks
 
 LOSSES = {

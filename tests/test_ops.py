@@ -312,6 +312,19 @@ def test_compiled_autograd(case):
     assert 1 <= counter.frame_count <= 2
 
 
+def test_compiled_autograd_tells_options_apart():
+    """The same shapes with another option are another graph, not the one that is there already."""
+    x, y = torch.randn(6, 5).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, -100])
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    for options in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.3}, {"reduction": "sum"}, {}):
+        loss = cece.cross_entropy(x * 1, y, **options)
+        expected = torch.autograd.grad(loss, x, retain_graph=True)[0]
+        x.grad = None
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            loss.backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
 def test_compiled_autograd_with_hooks_and_in_place():
     """Saved through hooks, and where the gradient would overwrite what another node saved."""
     x, y = torch.randn(6, 5).requires_grad_(), torch.randint(5, (6,))
