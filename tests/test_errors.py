@@ -20,7 +20,7 @@ CE, BCE, PROBS = cece.cross_entropy, cece.binary_cross_entropy_with_logits, cece
 
 
 def x(*shape, dtype=torch.float32):
-    return torch.rand(*shape).to(dtype)
+    return torch.rand(shape).to(dtype)
 
 
 def y(*values):
