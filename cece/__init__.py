@@ -36,4 +36,9 @@ __all__ = [
     "decompositions",
     "empty_cache",
     "patch",
+    "reference",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

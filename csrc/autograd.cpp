@@ -10,6 +10,7 @@
 #include <ATen/SavedTensorHooks.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -307,9 +308,22 @@ bool separate(const Tensor& x) {
   }
   return true;
 }
+// Whether x is another form of a leaf that requires grad: a view of one, or, for operators that make no view of what is
+// one (_unsafe_view, _reshape_alias), the end of a chain of functions of one tensor each that begins at a leaf whose
+// memory x has.
+bool is_of_leaf(const Tensor& x) {
+  if (x.is_view() && x._base().is_leaf() && x._base().requires_grad()) return true;
+  const torch::autograd::Node* node = x.grad_fn().get();
+  while (node && node->num_outputs() == 1) {
+    node = node->next_edge(0).function.get();
+    const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(node);
+    if (leaf) return leaf->variable.has_storage() && leaf->variable.is_alias_of(x);
+  }
+  return false;
+}
 void check_inplace(const Tensor& x) {
   if (!x.requires_grad() || !plain(x)) return;
-  const bool of_leaf = x.is_view() && x._base().is_leaf() && x._base().requires_grad();
+  const bool of_leaf = is_of_leaf(x);
   TORCH_CHECK(
       !x.is_leaf() && !of_leaf,
       "cece.cross_entropy: inplace_backward=True overwrites input with its gradient, so input must not be a leaf "

@@ -1,5 +1,5 @@
 // The operators, one screen of schemas. Kernels: cpu/ops.cpp, cuda/ops.cpp. Derivatives: autograd.cpp.
-// Shapes for tracing and batching rules: cece/ops.py. reduction: 0 none, 1 mean, 2 sum, as in torch.
+// Shapes for tracing: meta.cpp. Batching rules: cece/ops.py. reduction: 0 none, 1 mean, 2 sum, as in torch.
 #include <torch/library.h>
 
 TORCH_LIBRARY(cece, m) {

@@ -395,6 +395,8 @@ OF_A_LEAF = {
     "transpose": lambda: torch.nn.Parameter(torch.randn(5, 6)).t(),
     "view of a view": lambda: torch.randn(2, 30).requires_grad_()[1].view(6, 5)[:, :],
     "chunk": lambda: torch.randn(12, 5).requires_grad_().chunk(2)[1],
+    "an alias that is no view": lambda: torch.ops.aten._unsafe_view(torch.randn(30).requires_grad_(), [6, 5]),
+    "a view of such an alias": lambda: torch.ops.aten._unsafe_view(torch.randn(60).requires_grad_(), [12, 5])[::2],
     "detached and a leaf again": lambda: torch.randn(30).view(6, 5).requires_grad_(),
 }
 
