@@ -361,7 +361,7 @@ def draw(results, verdict, device, path):
     steps = sum(len(reference(runs).losses) for _, runs in results)
     how = (
         f"same data, weights and batches ({device.type}): in {steps} steps no loss is further than"
-        f" {verdict.losses:.0e} from torch's, no gradient further than {verdict.gradients:.0e}"
+        f" {verdict.losses:.1e} from torch's, no gradient further than {verdict.gradients:.1e}"
     )
     head.text(0.5, 0.22, how, ha="center", va="center", fontsize=13)
     places = body.add_gridspec(3, len(results), height_ratios=[3, 1.8, 1.3])
