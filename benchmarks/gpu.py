@@ -153,7 +153,7 @@ def run(case, copy):
         except Exception as e:  # a peer's limits are its own: the row says so
             if name == "cece":
                 raise
-            row["error"] = f"{type(e).__name__}: {e}"[:200]
+            row["error"] = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         else:
             rate = model / ms / 1e6
             row |= {"ms": ms, "model_bytes": model, "gb_s": rate, "of_copy": rate / copy, "peak_bytes": peak}

@@ -93,13 +93,26 @@ class Cece(Step):
         return getattr(cece, case.loss)
 
 
+class Layer(torch.autograd.Function):
+    """The logits as what a layer returned, for inplace_backward takes no leaf. Nothing is copied either way."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        ctx.leaf = leaf
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.leaf.grad = gradient
+
+
 class CeceInPlace(Cece):
     def prepare(self):
         super().prepare()
-        self.not_a_leaf = self.logits.view_as(self.logits)
+        self.returned = Layer.apply(self.logits)
 
     def forward(self):
-        return self.loss(self.not_a_leaf, self.target, inplace_backward=True, **self.options)
+        return self.loss(self.returned, self.target, inplace_backward=True, **self.options)
 
 
 class Eager(Step):
@@ -250,15 +263,16 @@ def print_case(rows):
     print("".join(f"{name} {ms:9.3f}   " for name, ms in both.items()), flush=True)
 
 
-def each(cases, rows_of, keep):
+def each(cases, rows_of, keep, show=lambda rows: None):
     """The rows of all cases, counted as they come; what there is is kept after each, so Ctrl-C loses one case."""
     rows, done = [], 0
     try:
         for case in cases:
             print(f"{done + 1:{len(str(len(cases)))}}/{len(cases)}  {case.name:42}", end="", flush=True)
-            rows += rows_of(case)
-            done += 1
-            keep(rows, len(cases) - done)
+            new = rows_of(case)
+            keep(rows + new, len(cases) - done - 1)
+            rows, done = rows + new, done + 1
+            show(new)
     except KeyboardInterrupt:
         print(f"\ninterrupted after {done} of {len(cases)} cases")
         raise SystemExit(130) from None
@@ -326,15 +340,10 @@ def main(cases, arguments=None):
     out = args.out or (None if args.quick or args.only else default_output())
     content = environment() | {"must": {case.name: case.must for case in cases if case.must}}
 
-    def rows_of(case):
-        rows = measure(case, 0 if args.quick else args.seconds)
-        print_case(rows)
-        return rows
-
     def keep(rows, left_out):
         if out:
             write_json(out, content, rows, left_out)
 
     if out:
-        print(f"written after each case: {out}")
-    return each(cases, rows_of, keep)
+        print(f"written after each case: {out}", flush=True)
+    return each(cases, lambda case: measure(case, 0 if args.quick else args.seconds), keep, print_case)

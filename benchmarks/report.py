@@ -263,7 +263,7 @@ def few(times, cases):
         if "cece" in (of := times.get(case, {})):
             ratios = {c: ms / of["cece"] for c, ms in of.items() if c not in ("cece", "cece in place")}
             ahead = [f"{TORCH.get(c, c)} is ahead" for c, r in ratios.items() if r < 1]
-            faster = " / ".join(f"{ratios[c]:.2g}x" if c in ratios else "" for c in TORCH)
+            faster = " / ".join(f"{ratios[c]:.2g}x" if c in ratios else "-" for c in TORCH)
             cells = (number(of[c]) if c in of else "" for c in (*TORCH, "cece"))
             rows.append([words, *cells, ", ".join([faster, *ahead])])
     return table(["case", "torch ms", "torch.compile ms", "cece ms", "times as fast as torch / compile"], rows)
