@@ -325,13 +325,9 @@ SECTIONS = {
 MARKED = re.compile(rf"(<!-- ({'|'.join(SECTIONS)}):begin -->)(.*?)(<!-- \2:end -->)", re.DOTALL)
 
 
-def report(results=RESULTS, pages=PAGES, plots=True):
-    """Rewrites the pages' sections and the plots; the pages that changed."""
-    files = {kind: load(results, kind) for kind in PLOTS}
-    for kind, plot in PLOTS.items() if plots else ():
-        for file, data in files[kind]:
-            plot(data, file.with_suffix(".png"))
-    missing, after = set(SECTIONS), {}
+def rewritten(files, pages=PAGES):
+    """{page: its text with every section made anew}"""
+    missing, texts = set(SECTIONS), {}
     for page in pages:
 
         def section(match, page=page):
@@ -340,13 +336,22 @@ def report(results=RESULTS, pages=PAGES, plots=True):
             of_kind = files[name.split("-")[0]]
             return f"{begin}\n{SECTIONS[name](of_kind, page) if of_kind else 'Not yet measured.'}\n{end}"
 
-        after[page] = MARKED.sub(section, page.read_text())
+        texts[page] = MARKED.sub(section, page.read_text())
     if missing:
         raise SystemExit(f"report: no page has the markers of {', '.join(sorted(missing))}")
-    changed = [page for page in pages if page.read_text() != after[page]]
-    for page in changed:
-        page.write_text(after[page])
-    return changed
+    return texts
+
+
+def report(results=RESULTS, pages=PAGES, plots=True):
+    """Rewrites the pages' sections and the plots; the pages that changed."""
+    files = {kind: load(results, kind) for kind in PLOTS}
+    for kind, plot in PLOTS.items() if plots else ():
+        for file, data in files[kind]:
+            plot(data, file.with_suffix(".png"))
+    changed = {page: text for page, text in rewritten(files, pages).items() if text != page.read_text()}
+    for page, text in changed.items():
+        page.write_text(text)
+    return list(changed)
 
 
 if __name__ == "__main__":
