@@ -1,26 +1,29 @@
 """Cross-entropy on a GPU against eager torch, torch.compile and the fused libraries that can be imported.
 
-    python benchmarks/gpu.py [--out folder] [--bytes 1e9] [--quick]
+    python -m benchmarks.gpu [--out folder] [--bytes 1e9] [--quick]
 
 Forward and backward together, as in training. Times are CUDA events over several repeats, the median; inputs are
 rotated so that no repeat finds its own in the L2. Beside each time stands the byte model: three passes over the logits
 (forward reads them, backward reads them and writes the gradient), five over logits and targets for the binary loss and
-soft targets; GB/s and the share of a device copy measured in the same run follow from it.
+soft targets; GB/s and the share of a device copy measured in the same run follow from it. Files are written after each
+case; Ctrl-C keeps what there is.
 """
 
 import argparse
 import datetime
 import importlib.metadata
-import json
 import os
 import statistics
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import cece
+
+from .harness import each, write_json, write_whole
 
 CLASSES = [256, 512, 1024, 4096, 16384, 32768, 65536, 131072, 262144]
 PEERS = ["liger-kernel", "quack-kernels", "cut-cross-entropy", "triton"]
@@ -106,46 +109,59 @@ def inputs_of(rows, classes, dtype, target):
             yield logits, (torch.rand(rows, classes, device="cuda") > 0.9).to(dtype)
 
 
-def benchmarks(size, classes_list):
-    losses, missing = peers()
-    labels = {"cece": cece.cross_entropy, **losses}
+@dataclass(frozen=True)
+class Case:
+    """Logits of one dtype and shape with targets of one kind, and the losses that take them."""
+
+    target: str
+    dtype: torch.dtype
+    rows: int
+    classes: int
+    losses: dict
+    passes: int
+
+    @property
+    def name(self):
+        return f"{self.target:7s} {str(self.dtype)[6:]:9s} {self.rows:>8d} x {self.classes:<7d}"
+
+
+def cases(size, classes_list, peers):
+    labels = {"cece": cece.cross_entropy, **peers}
     soft = {"cece": cece.cross_entropy, "eager": eager, "torch.compile": torch.compile(eager)}
     bce = F.binary_cross_entropy_with_logits
     binary = {"cece": cece.binary_cross_entropy_with_logits, "eager": bce, "torch.compile": torch.compile(bce)}
-    copy = copy_bandwidth(int(size))
+    return [
+        Case(target, dtype, rows_of(classes, dtype, size), classes, losses, passes)
+        for dtype in (torch.float32, torch.bfloat16)
+        for classes in classes_list
+        for target, losses, passes in (("labels", labels, 3), ("soft", soft, 5), ("binary", binary, 5))
+        if target == "labels" or classes in (1024, 32768)
+    ]
+
+
+def run(case, copy):
+    """A row for each loss."""
+    inputs = list(inputs_of(case.rows, case.classes, case.dtype, case.target))
+    model = case.passes * case.rows * case.classes * case.dtype.itemsize
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for classes in classes_list:
-            for target, candidates, passes in (("labels", labels, 3), ("soft", soft, 5), ("binary", binary, 5)):
-                if target != "labels" and classes not in (1024, 32768):
-                    continue
-                n = rows_of(classes, dtype, size)
-                inputs = list(inputs_of(n, classes, dtype, target))
-                model = passes * n * classes * dtype.itemsize
-                for name, loss in candidates.items():
-                    row = {"loss": target, "dtype": str(dtype)[6:], "rows": n, "classes": classes, "name": name}
-                    try:
-                        ms, peak = measure(training_step(loss), inputs)
-                    except Exception as e:  # a peer's limits are its own: the row says so
-                        if name == "cece":
-                            raise
-                        rows.append({**row, "error": f"{type(e).__name__}: {e}"[:200]})
-                        continue
-                    rate = model / ms / 1e6
-                    rows.append(
-                        {
-                            **row,
-                            "ms": ms,
-                            "model_bytes": model,
-                            "gb_s": rate,
-                            "of_copy": rate / copy,
-                            "peak_bytes": peak,
-                        }
-                    )
-                    print(line(rows[-1]), flush=True)
-                del inputs
-                torch.cuda.empty_cache()
-    return {"copy_gb_s": copy, "missing": missing, "rows": rows}
+    print()
+    for name, loss in case.losses.items():
+        row = {"loss": case.target, "dtype": str(case.dtype)[6:], "rows": case.rows, "classes": case.classes}
+        row["name"] = name
+        try:
+            ms, peak = measure(training_step(loss), inputs)
+        except Exception as e:  # a peer's limits are its own: the row says so
+            if name == "cece":
+                raise
+            row["error"] = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        else:
+            rate = model / ms / 1e6
+            row |= {"ms": ms, "model_bytes": model, "gb_s": rate, "of_copy": rate / copy, "peak_bytes": peak}
+        rows.append(row)
+        print(line(row), flush=True)
+    del inputs
+    torch.cuda.empty_cache()
+    return rows
 
 
 def line(row):
@@ -172,7 +188,7 @@ def environment():
         driver = None
     properties = torch.cuda.get_device_properties(0)
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "memory": properties.total_memory,
@@ -196,13 +212,18 @@ def main():
     if not cece.build_info()["cuda_archs"]:
         parser.exit(1, "benchmarks/gpu.py: this cece was built without CUDA\n")
     where = environment()
-    result = {"environment": where, **benchmarks(options.bytes, CLASSES[::4] if options.quick else CLASSES)}
-    options.out.mkdir(parents=True, exist_ok=True)
+    found, missing = peers()
+    copy = copy_bandwidth(int(options.bytes))
+    content = {"environment": where, "copy_gb_s": copy, "missing": missing}
     stem = options.out / f"gpu-{where['device'].replace(' ', '-').lower()}-{where['date'][:10]}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    head = f"{where['device']}, torch {where['torch']}, copy {result['copy_gb_s']:.0f} GB/s, {where['date']}"
-    stem.with_suffix(".txt").write_text("\n".join([head, *map(line, result["rows"])]) + "\n")
-    print(f"wrote {stem}.json and .txt")
+    head = f"{where['device']}, torch {where['torch']}, copy {copy:.0f} GB/s, {where['date']}"
+
+    def keep(rows, left_out):
+        write_json(stem.with_name(stem.name + ".json"), content, rows, left_out)
+        write_whole(stem.with_name(stem.name + ".txt"), "\n".join([head, *map(line, rows)]) + "\n")
+
+    print(f"{head}\nwritten after each case: {stem}.json and .txt")
+    each(cases(options.bytes, CLASSES[::4] if options.quick else CLASSES, found), lambda case: run(case, copy), keep)
 
 
 if __name__ == "__main__":

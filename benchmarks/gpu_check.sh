@@ -51,6 +51,6 @@ else
   echo "skipped compute-sanitizer: not on this machine"
 fi
 
-step benchmarks "$PYTHON" benchmarks/gpu.py --out "$OUT"
+step benchmarks "$PYTHON" -m benchmarks.gpu --out "$OUT"
 cat "$OUT"/gpu-*.txt 2>/dev/null
 exit "$failed"

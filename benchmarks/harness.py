@@ -245,9 +245,40 @@ def measure(case, seconds):
     return rows
 
 
-def print_case(case, rows):
+def print_case(rows):
     both = {row["contender"]: row["median_ms"] for row in rows if row["pass"] == "both"}
-    print(f"{case.name:42}" + "".join(f"{name} {ms:9.3f}   " for name, ms in both.items()), flush=True)
+    print("".join(f"{name} {ms:9.3f}   " for name, ms in both.items()), flush=True)
+
+
+def each(cases, rows_of, keep, show=lambda rows: None):
+    """The rows of all cases, counted as they come; what there is is kept after each, so Ctrl-C loses one case."""
+    rows, done = [], 0
+    try:
+        for case in cases:
+            print(f"{done + 1:{len(str(len(cases)))}}/{len(cases)}  {case.name:42}", end="", flush=True)
+            new = rows_of(case)
+            keep(rows + new, len(cases) - done - 1)
+            rows, done = rows + new, done + 1
+            show(new)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted after {done} of {len(cases)} cases")
+        raise SystemExit(130) from None
+    return rows
+
+
+def write_whole(path, text):
+    """Never half a file, whenever the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def write_json(path, content, rows, left_out):
+    """The rows so far; in a run that is not through yet, or never will be, also how many cases are left out."""
+    write_whole(
+        path, json.dumps({**content, **({"left_out": left_out} if left_out else {}), "rows": rows}, indent=1) + "\n"
+    )
 
 
 def environment():
@@ -293,14 +324,13 @@ def main(cases, arguments=None):
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
         print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): these times are not worth keeping")
 
-    rows = []
-    for case in cases:
-        rows += measure(case, 0 if args.quick else args.seconds)
-        print_case(case, [row for row in rows if row["case"] == case.name])
     out = args.out or (None if args.quick or args.only else default_output())
+    content = environment() | {"must": {case.name: case.must for case in cases if case.must}}
+
+    def keep(rows, left_out):
+        if out:
+            write_json(out, content, rows, left_out)
+
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        must = {case.name: case.must for case in cases if case.must}
-        out.write_text(json.dumps(environment() | {"must": must, "rows": rows}, indent=1) + "\n")
-        print("written:", out)
-    return rows
+        print(f"written after each case: {out}", flush=True)
+    return each(cases, lambda case: measure(case, 0 if args.quick else args.seconds), keep, print_case)

@@ -1,9 +1,9 @@
-"""Tables and plots from the JSON files under benchmarks/results: python -m benchmarks.report [--readme README.md]
+"""Tables and plots from the JSON files under benchmarks/results: python -m benchmarks.report
 
-The tables of the files cpu-*.json go between README's markers ``<!-- cpu-table:begin -->`` and
-``<!-- cpu-table:end -->``, those of gpu-*.json between ``gpu-table``'s; the plot of a file goes beside it, as .png.
-Run it again and nothing changes.
-The table is plain Python; the plots need matplotlib.
+Each page has some of SECTIONS, between markers such as ``<!-- cpu-table:begin -->`` and ``<!-- cpu-table:end -->``:
+README.md a few rows and a plot in text of the newest file of its kind, benchmarks/README.md everything of every file,
+whose plot goes beside it, as .png. Run it again and nothing changes.
+The sections are plain Python; the plots need matplotlib.
 """
 
 import argparse
@@ -14,16 +14,38 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+PAGES = Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md"
 COLOURS = {
     "cece": "#1f5fa8",
     "cece in place": "#5bb0d9",
     "eager": "#e8a33d",
     "compile": "#7a9a4b",
+    "torch.compile": "#7a9a4b",
     "liger": "#b03a6b",
     "quack": "#6a4fa3",
     "limit": "#9a9a9a",
 }
+
+
+# What README shows: a case's name in the JSON file, and in words.
+FEW = {
+    "cpu": {
+        "CE 128 x 10": "cross_entropy, 128 x 10",
+        "CE 8192 x 1000": "cross_entropy, 8192 x 1000",
+        "CE 1024 x 32000": "cross_entropy, 1024 x 32000",
+        "CE 8 x 21 x 256 x 256": "cross_entropy, 8 x 21 x 256 x 256",
+        "BCE 8192 x 1000": "binary_cross_entropy_with_logits, 8192 x 1000",
+    },
+    "gpu": {
+        "labels float32 1024": "cross_entropy, 1024 classes",
+        "labels bfloat16 32768": "cross_entropy, 32768 classes, bfloat16",
+        "labels bfloat16 131072": "cross_entropy, 131072 classes, bfloat16",
+        "soft bfloat16 32768": "cross_entropy, probabilities of 32768 classes, bfloat16",
+        "binary float32 1024": "binary_cross_entropy_with_logits, 1024 classes",
+    },
+}
+PLOTTED = "CE 8192 x 1000", "CE 1024 x 32000", "BCE 8192 x 1000"
+TORCH = {"eager": "torch", "compile": "torch.compile"}
 
 
 # ---- both
@@ -32,6 +54,19 @@ COLOURS = {
 def load(results, kind):
     """[(file, its content)], by name."""
     return [(file, json.loads(file.read_text())) for file in sorted(results.glob(f"{kind}-*.json"))]
+
+
+def newest(files):
+    return max(files, key=lambda file: date(file[1]))[1]
+
+
+def date(data):
+    return data.get("environment", data)["date"][:10]
+
+
+def whole(data):
+    """What to add where the run was interrupted."""
+    return f" Interrupted: {data['left_out']} cases were not measured." if data.get("left_out") else ""
 
 
 def by_case(rows, which="both"):
@@ -44,6 +79,7 @@ def by_case(rows, which="both"):
 
 
 def table(header, rows):
+    rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -80,7 +116,20 @@ def judged(contender, value, goal):
     return f"{value:.3g}x ({sign} {goal:g} {'met' if met(contender, value, goal) else '**missed**'})"
 
 
-def cpu_table(data):
+def cpu_head(data):
+    return (
+        f"{data['cpu']} ({data['isa']}), {data['threads']} threads of {data['cores']} cores, torch {data['torch']},"
+        f" cece {data['cece']}, {data['date']}."
+    )
+
+
+def cpu_times(data):
+    """{case: {contender: ms}}; the copy is no contender."""
+    cases = by_case(data["rows"]).items()
+    return {case: {c: row["median_ms"] for c, row in of.items() if c != "copy"} for case, of in cases}
+
+
+def cpu_report(data):
     rows, goals, reached = [], 0, 0
     for case, of in by_case(data["rows"]).items():
         cece, must = of["cece"], data["must"].get(case, {})
@@ -91,16 +140,7 @@ def cpu_table(data):
         peaks = [megabytes(of.get(c)) for c in ("cece", "eager", "compile")]
         rows.append([case, *times, *(judged(c, r, must.get(c)) for c, r in ratios.items()), " / ".join(peaks)])
     header = "case, cece ms, in place ms, eager ms, compile ms, eager / cece, compile / cece, cece / copy, peak MiB"
-    return "\n\n".join(
-        [
-            f"{data['cpu']} ({data['isa']}), {data['threads']} threads of {data['cores']} cores, torch {data['torch']},"
-            f" cece {data['cece']}, {data['date']}. {reached} of {goals} goals met.",
-            table(header.split(", "), rows),
-            "Forward + backward (the gradient's release included) of one step, medians of alternating rounds."
-            " copy: one warm copy of the logits. peak: resident memory beyond the inputs, of cece / eager / compile;"
-            " in place it is what forward needs.",
-        ]
-    )
+    return f"{cpu_head(data)} {reached} of {goals} goals met.{whole(data)}\n\n{table(header.split(', '), rows)}"
 
 
 def plot_cpu(data, path):
@@ -131,40 +171,47 @@ def plot_cpu(data, path):
 # ---- GPU
 
 
-def gpu_table(data):
-    rows = []
-    for case, of in by_case(data["rows"]).items():
-        for contender, row in of.items():
-            measured = [
-                number(row["median_ms"]),
-                f"{row['gbs']:.0f}",
-                f"{row['percent_of_copy']:.0f} %",
-                megabytes(row),
-            ]
-            rows.append([case, str(row["classes"]), row["dtype"], contender, *measured])
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    return "\n\n".join(
-        [
-            f"{data['device']}, driver {data['driver']}, {versions}, {data['date']}."
-            f" A copy reaches {data['copy_gbs']:.0f} GB/s.",
-            table("case, classes, dtype, contender, ms, GB/s, of copy, peak MiB".split(", "), rows),
-            "Forward + backward of one step, medians of alternating rounds. GB/s: of the byte model.",
-        ]
+def gpu_head(data):
+    where = data["environment"]
+    return (
+        f"{where['device']}, driver {where['driver']}, torch {where['torch']}, cece {where['cece']['version']},"
+        f" {date(data)}. A copy reaches {data['copy_gb_s']:.0f} GB/s."
     )
 
 
-def without_sizes(case):
-    """'CE 4096 x 32000, smoothing' -> 'CE, smoothing'"""
-    return re.sub(r"\s*\b\d+(\s*x\s*\d+)*\b", "", case)
+def gpu_times(data):
+    """{case: {contender: ms}}"""
+    cases = {}
+    for row in data["rows"]:
+        if "error" not in row:
+            case = cases.setdefault(f"{row['loss']} {row['dtype']} {row['classes']}", {})
+            case["compile" if row["name"] == "torch.compile" else row["name"]] = row["ms"]
+    return cases
+
+
+def gpu_measured(row):
+    return [number(row["ms"]), f"{row['gb_s']:.0f}", f"{100 * row['of_copy']:.0f} %", megabytes(row)]
+
+
+def gpu_report(data):
+    rows = []
+    for row in data["rows"]:
+        measured = [row["error"], "", "", ""] if "error" in row else gpu_measured(row)
+        rows.append([row["loss"], row["dtype"], f"{row['rows']} x {row['classes']}", row["name"], *measured])
+    versions = [f"{name} {version}" for name, version in data["environment"]["packages"].items() if version]
+    peers = f" Peers: {', '.join(versions)}." if versions else ""
+    missing = "".join(f" Not there: {name} ({why})." for name, why in data["missing"].items())
+    header = "target, dtype, logits, contender, ms, GB/s, of copy, peak MiB"
+    return f"{gpu_head(data)}{peers}{missing}{whole(data)}\n\n{table(header.split(', '), rows)}"
 
 
 def plot_gpu(data, path):
     """GB/s of the byte model against the number of classes: a panel for each loss and dtype, a line a contender."""
     panels = {}
     for row in data["rows"]:
-        if row["pass"] == "both":
-            lines = panels.setdefault(f"{without_sizes(row['case'])}, {row['dtype']}", {})
-            lines.setdefault(row["contender"], {})[row["classes"]] = row["gbs"]
+        if "error" not in row:
+            lines = panels.setdefault(f"{row['loss']}, {row['dtype']}", {})
+            lines.setdefault(row["name"], {})[row["classes"]] = row["gb_s"]
     panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
     if not panels:
         return
@@ -176,12 +223,12 @@ def plot_gpu(data, path):
         for contender, points in lines.items():
             colour = {"color": COLOURS[contender]} if contender in COLOURS else {}
             axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=contender, **colour)
-        axes.axhline(data["copy_gbs"], color="#555555", linestyle="--", linewidth=1, label="copy")
+        axes.axhline(data["copy_gb_s"], color="#555555", linestyle="--", linewidth=1, label="copy")
         classes = sorted({c for points in lines.values() for c in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(classes, [str(c) for c in classes], fontsize=8, rotation=30)
-        axes.set_ylim(0, 1.08 * max(data["copy_gbs"], *(gbs for points in lines.values() for gbs in points.values())))
-        axes.set(title=f"{data['device']}: {title}", xlabel="classes", ylabel="GB/s, forward + backward")
+        axes.set_ylim(0, 1.08 * max(data["copy_gb_s"], *(gbs for points in lines.values() for gbs in points.values())))
+        axes.set(title=f"{data['environment']['device']}: {title}", xlabel="classes", ylabel="GB/s, forward + backward")
     named = {name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), fontsize=9)
     save(figure, path)
@@ -206,47 +253,111 @@ def save(figure, path):
     plt.close(figure)
 
 
-KINDS = {"cpu": (cpu_table, plot_cpu), "gpu": (gpu_table, plot_gpu)}
+# ---- README's few rows
 
 
-def section(kind, files, readme):
-    """What stands between the markers."""
-    if not files:
-        return "Not yet measured."
-    make_table, _ = KINDS[kind]
-    parts = []
-    for file, data in files:
-        picture = Path(os.path.relpath(file.with_suffix(".png"), readme.parent)).as_posix()
-        parts.append(f"{make_table(data)}\n\n![{file.stem}]({picture})")
-    return "\n\n".join(parts)
+def few(times, cases):
+    """A row for each of the cases that was measured. Whoever is faster than cece is named."""
+    rows = []
+    for case, words in cases.items():
+        if "cece" in (of := times.get(case, {})):
+            ratios = {c: ms / of["cece"] for c, ms in of.items() if c not in ("cece", "cece in place")}
+            ahead = [f"{TORCH.get(c, c)} is ahead" for c, r in ratios.items() if r < 1]
+            faster = " / ".join(f"{ratios[c]:.2g}x" if c in ratios else "-" for c in TORCH)
+            cells = (number(of[c]) if c in of else "" for c in (*TORCH, "cece"))
+            rows.append([words, *cells, ", ".join([faster, *ahead])])
+    return table(["case", "torch ms", "torch.compile ms", "cece ms", "times as fast as torch / compile"], rows)
 
 
-def replace_section(text, kind, content):
-    begin, end = f"<!-- {kind}-table:begin -->", f"<!-- {kind}-table:end -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"report: the README lacks {begin} ... {end}")
-    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+def bars(times, cases, words, width=40):
+    """The cases' times as a plot in text, which shows wherever text does."""
+    lines = []
+    for case in (c for c in cases if c in times):
+        of = {name: times[case][c] for c, name in {**TORCH, "cece": "cece"}.items() if c in times[case]}
+        lines += [words[case]] if not lines else ["", words[case]]
+        for name, ms in of.items():
+            eighths = max(1, round(8 * width * ms / max(of.values())))
+            bar = "\u2588" * (eighths // 8) + " \u258f\u258e\u258d\u258c\u258b\u258a\u2589"[eighths % 8].strip()
+            lines.append(f"  {name:13} {bar} {number(ms)} ms")
+    return "\n".join(["```text", *lines, "```"])
 
 
-def report(results=RESULTS, readme=README, plots=True):
-    """Rewrites the README's sections and the plots; True if the README changed."""
-    before = text = readme.read_text()
-    for kind, (_, plot) in KINDS.items():
-        files = load(results, kind)
-        text = replace_section(text, kind, section(kind, files, readme))
-        for file, data in files if plots else []:
+# ---- where it goes. A section is made from the files of its kind.
+
+
+def newest_of(make):
+    return lambda files, page: make(newest(files))
+
+
+def all_of(make):
+    """Each file's report, and its plot."""
+
+    def section(files, page):
+        parts = []
+        for file, data in files:
+            picture = Path(os.path.relpath(file.with_suffix(".png"), page.parent)).as_posix()
+            parts.append(f"{make(data)}\n\n![{file.stem}]({picture})")
+        return "\n\n".join(parts)
+
+    return section
+
+
+def cpu_few(data):
+    return f"{few(cpu_times(data), FEW['cpu'])}\n\n{cpu_head(data)}"
+
+
+def gpu_few(data):
+    return f"{few(gpu_times(data), FEW['gpu'])}\n\n{gpu_head(data)}"
+
+
+def cpu_bars(data):
+    return bars(cpu_times(data), PLOTTED, FEW["cpu"])
+
+
+PLOTS = {"cpu": plot_cpu, "gpu": plot_gpu}
+SECTIONS = {
+    "cpu-plot": newest_of(cpu_bars),
+    "cpu-table": newest_of(cpu_few),
+    "gpu-table": newest_of(gpu_few),
+    "cpu-report": all_of(cpu_report),
+    "gpu-report": all_of(gpu_report),
+}
+MARKED = re.compile(rf"(<!-- ({'|'.join(SECTIONS)}):begin -->)(.*?)(<!-- \2:end -->)", re.DOTALL)
+
+
+def rewritten(files, pages=PAGES):
+    """{page: its text with every section made anew}"""
+    missing, texts = set(SECTIONS), {}
+    for page in pages:
+
+        def section(match, page=page):
+            begin, name, _, end = match.groups()
+            missing.discard(name)
+            of_kind = files[name.split("-")[0]]
+            return f"{begin}\n{SECTIONS[name](of_kind, page) if of_kind else 'Not yet measured.'}\n{end}"
+
+        texts[page] = MARKED.sub(section, page.read_text())
+    if missing:
+        raise SystemExit(f"report: no page has the markers of {', '.join(sorted(missing))}")
+    return texts
+
+
+def report(results=RESULTS, pages=PAGES, plots=True):
+    """Rewrites the pages' sections and the plots; the pages that changed."""
+    files = {kind: load(results, kind) for kind in PLOTS}
+    for kind, plot in PLOTS.items() if plots else ():
+        for file, data in files[kind]:
             plot(data, file.with_suffix(".png"))
-    if text != before:
-        readme.write_text(text)
-    return text != before
+    changed = {page: text for page, text in rewritten(files, pages).items() if text != page.read_text()}
+    for page, text in changed.items():
+        page.write_text(text)
+    return list(changed)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--no-plots", action="store_true", help="tables only: needs no matplotlib")
+    parser.add_argument("--no-plots", action="store_true", help="sections only: needs no matplotlib")
     args = parser.parse_args()
-    changed = report(args.results, args.readme, not args.no_plots)
-    print(args.readme.name, "rewritten" if changed else "was up to date", file=sys.stderr)
+    changed = report(args.results, plots=not args.no_plots)
+    print("rewritten:", ", ".join(map(str, changed)) or "nothing, all was up to date", file=sys.stderr)

@@ -1,12 +1,14 @@
 """``python -m cece`` prints what was built; ``python -m cece verify`` proves the installation on this machine.
 
 verify runs, on the CPU and on every GPU, torch's gradcheck and gradgradcheck of each loss, and holds each loss and its
-gradient in every dtype against float64 (``cece/reference.py``). One line a check; exit status 1 if any fails.
+gradient in every dtype against float64 (``cece/reference.py``). One line a check; exit status 1 if any fails. Ctrl-C
+ends it with what was found so far.
 
 ``python -m cece run SCRIPT ARGS...``, or ``run -m MODULE ARGS...``: a program with torch's losses made cece's; _run.py.
 """
 
 import argparse
+import os
 import sys
 
 import torch
@@ -105,36 +107,34 @@ def _checks(device):
 
 
 def verify() -> int:
-    """Runs every check, prints a line each; 1 if any failed, else 0."""
+    """Runs every check, prints a line each; 1 if any failed, else 0; 130 if it was interrupted."""
     devices = [
         "cpu",
         *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cece.build_info()["cuda_archs"] else 0)),
     ]
-    failures = 0
-    for device in devices:
-        checks = list(_checks(device))
-        for i, (name, check) in enumerate(checks, 1):
-            done = 20 * i // len(checks)
-            bar = f"{device} [{'#' * done}{'.' * (20 - done)}] {i}/{len(checks)}"
-            try:
-                wrong = check()
-            except Exception as e:  # whatever it is, this installation does not do what it should
-                wrong = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-            failures += wrong is not None
-            print(
-                f"{bar}  {'ok    ' if wrong is None else 'FAILED'}  {name}{'' if wrong is None else ': ' + wrong}",
-                flush=True,
-            )
+    failures = done = 0
+    try:
+        for device in devices:
+            checks = list(_checks(device))
+            for i, (name, check) in enumerate(checks, 1):
+                filled = 20 * i // len(checks)
+                bar = f"{device} [{'#' * filled}{'.' * (20 - filled)}] {i}/{len(checks)}"
+                try:
+                    wrong = check()
+                except Exception as e:  # whatever it is, this installation does not do what it should
+                    wrong = f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+                failures, done = failures + (wrong is not None), done + 1
+                print(f"{bar}  {f'ok      {name}' if wrong is None else f'FAILED  {name}: {wrong}'}", flush=True)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted after {done} checks: {failures} failed")
+        return 130
     left_out = torch.cuda.is_available() and len(devices) == 1
     note = "; the GPU was left out, cece was built without CUDA" if left_out else ""
     print(f"{failures} checks failed{note}" if failures else f"all checks passed on {', '.join(devices)}{note}")
     return 1 if failures else 0
 
 
-def main() -> int:
-    """The command line: python -m cece."""
-    if sys.argv[1:2] == ["run"]:  # what follows is the program's
-        return run(sys.argv[2:])
+def _command() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m cece",
         description=(__doc__ or "").split("\n\n")[0],
@@ -149,6 +149,20 @@ def main() -> int:
     print(f"CPU: {', '.join(info['cpu_isas'])}; in use: {info['cpu_isa']}")
     print(f"CUDA: {', '.join(info['cuda_archs']) or 'not built'}; GPUs here: {torch.cuda.device_count()}")
     return 0
+
+
+def main() -> int:
+    """The command line: python -m cece."""
+    if sys.argv[1:2] == ["run"]:  # what follows is the program's
+        return run(sys.argv[2:])
+    try:
+        try:
+            return _command()
+        finally:
+            sys.stdout.flush()  # also what argparse printed, which leaves by SystemExit
+    except BrokenPipeError:  # who reads, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        return 141
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ import torch
 import cece
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import bench_binary_cross_entropy, bench_cross_entropy, harness  # noqa: E402
+from benchmarks import bench_binary_cross_entropy, bench_cross_entropy, gpu, harness  # noqa: E402
 from benchmarks import report as reports  # noqa: E402
 
 CASES = bench_cross_entropy.CASES + bench_binary_cross_entropy.CASES
-README = (
-    "a\n<!-- cpu-table:begin -->old<!-- cpu-table:end -->\nb\n<!-- gpu-table:begin -->\n<!-- gpu-table:end -->\nc\n"
-)
+PAGE = "".join(f"a\n<!-- {name}:begin -->old<!-- {name}:end -->\n" for name in reports.SECTIONS) + "c\n"
 
 
 def row(contender, ms, case="CE 8 x 4", which="both", **more):
@@ -36,9 +34,29 @@ CPU = {"cpu": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2", "c
         row("cece", 9, which="forward"),
     ],
 }
-GPU = {"device": "A GPU", "driver": "1", "versions": {"torch": "2"}, "date": "2000-01-01", "copy_gbs": 4000.0} | {
-    "rows": [row(name, 1.0, f"CE {c}", classes=c, gbs=9.0, percent_of_copy=50.0) for c in (256, 512) for name in "ab"]
+GPU_HEAD = {"date": "2000-01-01T00:00:00+00:00", "device": "A GPU", "driver": "1", "torch": "2"} | {
+    "cece": {"version": "0"},
+    "packages": {"quack-kernels": "3", "triton": None},
 }
+
+
+@pytest.fixture
+def gpu_results(monkeypatch):
+    """What benchmarks/gpu.py writes, of runs that take a millisecond, but a peer's half of one, and one's that fail."""
+
+    def slow(logits, labels):
+        raise ValueError("at most\n65536 | classes")
+
+    times = {"fast": 0.5}
+    monkeypatch.setattr(gpu, "training_step", lambda loss: loss)
+    monkeypatch.setattr(gpu, "inputs_of", lambda *shape: [])
+    monkeypatch.setattr(gpu, "measure", lambda loss, _: slow(0, 0) if loss is slow else (times.get(loss, 1.0), 2**20))
+    rows = []
+    for case in gpu.cases(
+        1e6, [1024, 4096], {"eager": gpu.eager, "torch.compile": gpu.eager, "fast": "fast", "slow": slow}
+    ):
+        rows += gpu.run(case, copy=4000.0)
+    return {"environment": GPU_HEAD, "copy_gb_s": 4000.0, "missing": {"liger": "No module"}, "rows": rows}
 
 
 def test_medians_and_quartiles():
@@ -88,6 +106,7 @@ def test_contenders_compute_the_same(case):
             step.prepare()
             loss = step.forward()
             loss.backward()
+            assert (step.logits.grad.data_ptr() == step.logits.data_ptr()) == (name == "cece in place")
             gradient, step.logits.grad = step.logits.grad.clone(), None
         outcomes[name] = loss.float(), gradient.float()
     close = {"rtol": 2e-2, "atol": 2e-3} if case.dtype == torch.bfloat16 else {}
@@ -106,26 +125,110 @@ def test_peak_memory_sees_a_gradient_and_what_is_kept_of_it():
     assert peak["forward"] < 4 * 2**20 and 15 * 2**20 < peak["both"] < 24 * 2**20
 
 
-def test_report_judges_and_is_idempotent(tmp_path):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
+def run_interrupted(monkeypatch, out, at):
+    """The benchmarks with Ctrl-C in case number `at`; what was in the file before each case."""
+    seen = []
+
+    def measure(case, seconds):
+        seen.append(json.loads(out.read_text()) if out.exists() else None)
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        return [row("cece", 1.0, case.name), row("eager", 2.0, case.name)]
+
+    monkeypatch.setattr(harness, "measure", measure)
+    if at > len(CASES):
+        harness.main(CASES, ["--out", str(out)])
+    else:
+        with pytest.raises(SystemExit) as end:
+            harness.main(CASES, ["--out", str(out)])
+        assert end.value.code == 130
+    return seen
+
+
+def test_results_are_written_after_each_case_and_kept_on_ctrl_c(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "a" / "cpu-x.json"
+    seen = run_interrupted(monkeypatch, out, at=3)
+    assert seen[0] is None and [len(content["rows"]) for content in seen[1:]] == [2, 4]
+    content = json.loads(out.read_text())
+    assert len(content["rows"]) == 4 and content["left_out"] == len(CASES) - 2 and content["isa"]
+    printed = capsys.readouterr().out
+    assert [f"{i}/{len(CASES)}  {CASES[i - 1].name}" in printed for i in (1, 2, 3, 4)] == [True, True, True, False]
+    assert printed.endswith(f"interrupted after 2 of {len(CASES)} cases\n")
+    assert f"Interrupted: {len(CASES) - 2} cases were not measured." in reports.cpu_report(content)
+    assert [f.name for f in out.parent.iterdir()] == ["cpu-x.json"]
+
+
+def test_a_whole_run_leaves_nothing_out(monkeypatch, tmp_path):
+    out = tmp_path / "cpu-x.json"
+    run_interrupted(monkeypatch, out, at=len(CASES) + 1)
+    content = json.loads(out.read_text())
+    assert "left_out" not in content and len(content["rows"]) == 2 * len(CASES)
+    assert "Interrupted" not in reports.cpu_report(content)
+
+
+def test_report_judges_and_is_idempotent(tmp_path, gpu_results):
+    results, page = tmp_path / "results", tmp_path / "README.md"
     results.mkdir()
-    readme.write_text(README)
-    assert reports.report(results, readme, plots=False)
-    assert readme.read_text().count("Not yet measured.") == 2
+    page.write_text(PAGE)
+    assert reports.report(results, [page], plots=False) == [page]
+    assert page.read_text().count("Not yet measured.") == len(reports.SECTIONS)
 
     (results / "cpu-a.json").write_text(json.dumps(CPU))
-    (results / "gpu-b.json").write_text(json.dumps(GPU))
-    assert reports.report(results, readme, plots=False)
-    assert not reports.report(results, readme, plots=False)
-    text = readme.read_text()
+    (results / "gpu-b.json").write_text(json.dumps(gpu_results))
+    assert reports.report(results, [page], plots=False) == [page]
+    assert reports.report(results, [page], plots=False) == []
+    text = page.read_text()
     assert "Not yet measured." not in text and text.startswith("a\n") and text.endswith("\nc\n")
-    assert "5x (≥ 5 met)" in text and "2.95x (≥ 3 **missed**)" in text and "2.5x (≤ 2.5 met)" in text
-    assert "2 of 3 goals met" in text and "(results/cpu-a.png)" in text and "| CE 512 | 512 | float32 | b |" in text
+    assert "5x (\u2265 5 met)" in text and "2.95x (\u2265 3 **missed**)" in text and "2.5x (\u2264 2.5 met)" in text
+    assert "2 of 3 goals met" in text and "(results/cpu-a.png)" in text
+    assert "| labels | float32 | 61 x 4096 | fast | 0.5 |" in text
+    assert "| ValueError: at most 65536 \\| classes |" in text and "Not there: liger (No module)" in text
+
+    page.write_text(PAGE.replace("cpu-report", "other"))
+    with pytest.raises(SystemExit, match="no page has the markers of cpu-report"):
+        reports.report(results, [page], plots=False)
+    assert "old" in page.read_text()
 
 
-def test_report_draws(tmp_path):
+def test_few_rows_name_who_is_ahead(gpu_results):
+    times = {"A": {"cece": 2.0, "cece in place": 1.0, "eager": 9.0, "compile": 3.0}, "B": {"cece": 4.0, "compile": 3.0}}
+    table = reports.few(times, {"A": "first", "B": "second", "C": "not measured"}).splitlines()
+    assert table[2:] == [
+        "| first | 9 | 3 | 2 | 4.5x / 1.5x |",
+        "| second |  | 3 | 4 | - / 0.75x, torch.compile is ahead |",
+    ]
+    of_gpu = reports.gpu_few(gpu_results)
+    assert "| cross_entropy, 1024 classes | 1 | 1 | 1 | 1x / 1x, fast is ahead |" in of_gpu and "slow" not in of_gpu
+
+
+def test_bars_are_as_long_as_times():
+    plot = reports.bars({"A": {"cece": 1.0, "eager": 8.0, "compile": 5.0}}, ["A", "B"], {"A": "first"}, width=10)
+    full = "\u2588"
+    assert plot.splitlines() == [
+        "```text",
+        "first",
+        f"  torch         {full * 10} 8 ms",
+        f"  torch.compile {full * 6}\u258e 5 ms",
+        f"  cece          {full}\u258e 1 ms",
+        "```",
+    ]
+
+
+def test_pages_show_what_was_measured():
+    """No figure in README or the benchmark page is by hand: made anew from the JSON files, they are the same."""
+    files = {kind: reports.load(reports.RESULTS, kind) for kind in reports.PLOTS}
+    assert reports.rewritten(files) == {page: page.read_text() for page in reports.PAGES}
+
+
+def test_readme_shows_the_newest_file():
+    files = [(name, CPU | {"date": date, "cpu": name}) for name, date in (("a", "2001-01-01"), ("b", "2000-01-01"))]
+    for order in files, files[::-1]:
+        assert "a (AVX2)" in reports.SECTIONS["cpu-table"](order, None)
+
+
+def test_report_draws(tmp_path, gpu_results):
     pytest.importorskip("matplotlib")
-    for name, data, plot in ("cpu", CPU, reports.plot_cpu), ("gpu", GPU, reports.plot_gpu):
+    for name, data, plot in ("cpu", CPU, reports.plot_cpu), ("gpu", gpu_results, reports.plot_gpu):
         pictures = []
         for i in range(2):
             plot(data, tmp_path / f"{name}{i}.png")
