@@ -61,8 +61,8 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)
-	$(PIP) 'setuptools>=77' wheel ninja 'pybind11>=2.13'
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) 'setuptools>=77'
+	$(PIP) --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m cece
 	@touch $@
 
