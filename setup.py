@@ -385,7 +385,6 @@ class Build(build_ext):
         return [Path(self.get_ext_filename("cece._C")).name, "_built_for.py"]
 
     def run(self):
-        jobs(), compiler()
         left_out = cuda()[1]
         if left_out:
             print(f"cece: without CUDA kernels: {left_out}", file=sys.stderr, flush=True)
@@ -420,7 +419,7 @@ if COMPILING & set(sys.argv):
     if sys.platform == "win32":
         stop("Windows is not supported: use WSL 2 (wsl --install), which runs Linux's build")
     os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET") or "")
-    jobs(), compiler(), cuda()
+    import_torch(), jobs(), compiler(), cuda()
     VERSION_AND_TORCH = f"{VERSION}+{LOAD['abi'](import_torch().__version__)}"  # pip then tells such wheels apart
 else:
     VERSION_AND_TORCH = VERSION
