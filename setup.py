@@ -13,7 +13,7 @@ such as sdist, need no torch and no compiler.
 
 import functools
 import hashlib
-import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -64,19 +64,19 @@ def output(*command):
 @functools.cache
 def import_torch():
     """torch, also from inside pip's isolated build: from the environment that cece is installed into."""
+    if not importlib.util.find_spec("torch"):
+        for folder in [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]:
+            site.addsitedir(folder)  # and what its .pth files name
     try:
         torch = importlib.import_module("torch")
-    except ImportError:
-        places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
-        found = next((p for p in places if (Path(p) / "torch/version.py").is_file()), None)
-        if not found:
-            stop(
-                "building needs torch >= 2.11 in this environment, and there is none. Install it first"
-                " (pip install torch), then run: pip install --no-build-isolation ."
-                " (uv pip install --no-build-isolation . | python -m build --no-isolation)"
-            )
-        sys.path.append(found)
-        torch = importlib.import_module("torch")
+    except ModuleNotFoundError:
+        stop(
+            "building needs torch >= 2.11 in this environment, and there is none. Install it first"
+            " (pip install torch), then run: pip install --no-build-isolation ."
+            " (uv pip install --no-build-isolation . | python -m build --no-isolation)"
+        )
+    except ImportError as e:
+        stop(f"building needs torch >= 2.11 in this environment, and importing it failed: {e}")
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
         stop(f"building needs torch >= 2.11, and this environment has {torch.__version__}: pip install --upgrade torch")
     return torch
