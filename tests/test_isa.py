@@ -5,13 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import newest_object
+from torch.utils.cpp_extension import include_paths
 
 import cece
 
+ROOT = Path(__file__).resolve().parents[1]
 ISAS = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 HERE = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
 
@@ -82,3 +85,12 @@ def test_no_weak_symbols(isa):
     assert not [n for n in weak if not n.startswith("DW.ref.")], weak[:10]
     shown = [name for kind, name in defined if kind in "TDBR"]
     assert shown == [f"cece::cpu::k{isa.capitalize()}"], shown
+
+
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="no cross compiler for aarch64 here")
+def test_aarch64_compiles():
+    """The default kernels, which are all that aarch64 has; only the headers of torch are needed."""
+    includes = [f"-isystem{path}" for path in include_paths()]
+    command = ["aarch64-linux-gnu-g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    done = subprocess.run([*command, *includes, ROOT / "csrc/cpu/isa_default.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
