@@ -360,7 +360,8 @@ def link(objects, library):
     from torch.utils.cpp_extension import library_paths
 
     toolkit, _ = cuda()
-    kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    # -s: nvcc's temporary files name themselves in the symbols, other ones each time
+    kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-s"]
     runtime = [str(toolkit.runtime), "-ldl", "-lrt", "-lpthread"] if toolkit else []
     torchs = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
     command = [*compiler(), *kind, *objects, *runtime, *torchs, *shlex.split(variable("LDFLAGS"))]
@@ -418,7 +419,8 @@ COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "edita
 if COMPILING & set(sys.argv):
     if sys.platform == "win32":
         stop("Windows is not supported: use WSL 2 (wsl --install), which runs Linux's build")
-    os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET") or "")
+    if sys.platform == "darwin":  # what the wheel's tag will say
+        os.environ.setdefault("MACOSX_DEPLOYMENT_TARGET", str(sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET")))
     import_torch(), jobs(), compiler(), cuda()
     VERSION_AND_TORCH = f"{VERSION}+{LOAD['abi'](import_torch().__version__)}"  # pip then tells such wheels apart
 else:

@@ -34,7 +34,8 @@ def in_tree(base: Path, torch: str) -> Path:
 def fingerprint(root: Path) -> str:
     """Of all that is compiled, to know a library that is older than its sources."""
     digest = hashlib.sha256()
-    for file in [root / "setup.py", *sorted(p for p in (root / "csrc").rglob("*") if p.is_file())]:
+    sources = (p for p in (root / "csrc").rglob("*") if p.suffix in {".h", ".inl", ".cpp", ".cuh", ".cu"})
+    for file in [root / "setup.py", *sorted(sources)]:
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

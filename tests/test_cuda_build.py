@@ -98,6 +98,18 @@ def test_no_symbol_is_left_open(built):
     assert not [n for n in needed if "cuda" in n], needed
 
 
+def test_formulas_compile_for_older_cards(tmp_path):
+    """sm_75 (T4) has no min.NaN; the oldest architecture that is built by default."""
+    (tmp_path / "old.cu").write_text("""#include "numerics.h"
+__global__ void kernel(cece::Tournament<float>* t, const float (&x)[4]) { t->push(x); }
+""")
+    command = [cuda_home() / "bin/nvcc", "-std=c++17", "-arch=sm_75", "--expt-relaxed-constexpr", f"-I{ROOT}/csrc"]
+    done = subprocess.run(
+        [*command, "-cubin", tmp_path / "old.cu", "-o", tmp_path / "old.cubin"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # ---- what is in the machine code
 
 

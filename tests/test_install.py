@@ -336,9 +336,11 @@ def test_a_broken_toolkit(setup, toolkit):
         file.write_text("")
         assert setup(**environment).cuda()[0].runtime == file
         file.unlink()
-    for broken in ("exit 1", "echo"):
-        (toolkit.home / "bin/nvcc").write_text(f"#!/bin/sh\n{broken}\n")
-        assert "nvcc --version fails" in setup.stopped(**environment)
+    (toolkit.home / "lib64/libcudart_static.a").write_text("")
+    broken = {"exit 1": "--version", "echo": "--version", "echo release 13.0": "--list-gpu-arch"}
+    for what, question in broken.items():
+        (toolkit.home / "bin/nvcc").write_text(f"#!/bin/sh\n{what}\n")
+        assert f"nvcc {question} fails" in setup.stopped(**environment)
 
 
 def test_a_toolkit_of_another_major_version(setup, toolkit, monkeypatch):
