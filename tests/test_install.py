@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import types
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -499,7 +500,7 @@ def test_sdist_to_a_fresh_environment(tmp_path):
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", PWD=str(tmp_path))
     python = tmp_path / "venv/bin/python"
     (site,) = (tmp_path / "venv/lib").glob("python*/site-packages")
-    parents = [Path(importlib.util.find_spec(name).origin).parents[1] for name in ("torch", "setuptools", "pip")]
+    parents = [Path(torch.__file__).parents[1], *(distribution(name).locate_file("") for name in ("setuptools", "pip"))]
     (site / "parent.pth").write_text("\n".join(dict.fromkeys(map(str, parents))))
     # Objects of equal sources and settings are equal, so nothing is compiled twice.
     here = {"PWD": str(tmp_path), "PYTHONPATH": "", "CECE_CUDA": "0", "CECE_OBJECTS": str(ROOT / "build/objects")}
