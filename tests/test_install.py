@@ -495,7 +495,10 @@ def test_sdist_to_a_fresh_environment(tmp_path):
     if not (ROOT / "Makefile").is_file():
         pytest.skip("no checkout here")
     code = "import sys; sys.modules['torch'] = None; import setuptools.build_meta as b; print(b.build_sdist({!r}))"
-    run(sys.executable, "-c", code.format(str(tmp_path)), PWD=str(ROOT))
+    # A copy without the list of files that an earlier setuptools command left, which would be taken as well.
+    not_sources = shutil.ignore_patterns("build", "dist", ".*", "*.egg-info", "*.so", "__pycache__")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=not_sources)
+    run(sys.executable, "-c", code.format(str(tmp_path)), PWD=str(source))
     (sdist,) = tmp_path.glob("cece-0.1.0.tar.gz")
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", PWD=str(tmp_path))
     python = tmp_path / "venv/bin/python"
