@@ -13,6 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import cece
@@ -293,7 +294,7 @@ def test_cuda_is_asked_for_and_there_is_none(setup, monkeypatch):
     assert setup.stopped(CECE_CUDA="1").startswith("cece: CECE_CUDA=1 needs nvcc, and there is none")
 
 
-def test_why_cuda_is_left_out(setup, monkeypatch):
+def test_why_cuda_is_left_out(setup, monkeypatch, tmp_path):
     """Each reason is in the build's output, in `python -m cece` and in what a CUDA tensor is told."""
     monkeypatch.setattr(torch.version, "cuda", None)
     assert setup(CECE_CUDA="0").cuda() == (None, "CECE_CUDA=0 was set")
@@ -308,14 +309,29 @@ def test_why_cuda_is_left_out(setup, monkeypatch):
     told = {unit.source for unit in module.units() if f'-DCECE_CUDA_LEFT_OUT="{reason}"' in unit.command}
     assert told == {"csrc/module.cpp", "csrc/cuda/none.cpp"}
     said = {}
+    monkeypatch.setattr(module, "print", lambda text, **k: said.update({text: k["file"]}), raising=False)
+    build_with(module, monkeypatch, tmp_path)
+    assert said == {f"cece: without CUDA kernels: {reason}": sys.stderr}
+
+
+def build_with(module, monkeypatch, folder):
+    """Runs build_ext, which compiles nothing here; returns it."""
     monkeypatch.setattr(module, "compile_all", lambda units: [])
     monkeypatch.setattr(module, "link", lambda objects, library: library.write_text(""))
-    monkeypatch.setattr(module, "print", lambda text, **k: said.update({text: k["file"]}), raising=False)
-    command = module.Build(importlib.import_module("setuptools").Distribution({"ext_modules": []}))
-    monkeypatch.setattr(command, "folders", lambda: [ROOT / "build/tests-left-out"])
+    distribution = setuptools.Distribution({"ext_modules": []})
+    distribution.get_command_obj("build").build_base = str(folder / "build")
+    command = module.Build(distribution)
+    command.ensure_finalized()
     command.run()
-    shutil.rmtree(ROOT / "build/tests-left-out")
-    assert said == {f"cece: without CUDA kernels: {reason}": sys.stderr}
+    return command
+
+
+def test_a_checkout_that_was_installed_from_can_be_used_itself(setup, monkeypatch, tmp_path):
+    """README's `pip install .` and `python -m cece`, both typed in the checkout, whose cece/ comes first there."""
+    command = build_with(setup(CECE_CUDA="0"), monkeypatch, tmp_path)
+    for folder in (cece._load.in_tree(tmp_path / "build", torch.__version__), Path(command.build_lib) / "cece"):
+        assert sorted(file.name for file in folder.iterdir()) == sorted(command.files())
+        assert f'SOURCES = "{cece._load.fingerprint(ROOT)}"' in (folder / "_built_for.py").read_text()
 
 
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
