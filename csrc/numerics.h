@@ -54,11 +54,13 @@ CECE_HD T greatest(T x, T m) {
   return select(greater(x, m), x, m);
 }
 #if defined(__CUDA_ARCH__)  // one instruction each
+#if __CUDA_ARCH__ >= 800
 CECE_HD float lesser(float x, float m) {
   float y;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(m));
   return y;
 }
+#endif
 CECE_HD float greatest(float x, float m) { return ::fmaxf(x, m); }
 #endif
 CECE_HD float abs_(float x) { return ::fabsf(x); }

@@ -1,5 +1,6 @@
 """What the tests share: the backends, one table of tolerances, and the comparison with torch and the truth."""
 
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,15 @@ def pytest_collection_modifyitems(config, items):
         return
     config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("cuda")])
     items[:] = [i for i in items if not i.get_closest_marker("cuda")]
+
+
+def newest_object(stem):
+    """The object of a source ("cuda-f32") that the last build took; None where cece is not this checkout's."""
+    folder = Path(os.environ.get("CECE_OBJECTS") or HERE.parent / "build/objects")
+    found = max(folder.glob(f"{stem}-*.o"), key=lambda file: file.stat().st_mtime, default=None)
+    in_tree = Path(cece._C.__file__).is_relative_to(HERE.parent / "build")
+    assert found or not in_tree, f"the build left no object of {stem}"
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import newest_object
 from cuda_emulation.backend import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build/cuda"  # kept between runs: only what changed is compiled again
+BUILD = ROOT / "build/cuda"  # the objects are build/objects, where all builds keep theirs
 ARCHS = ["8.0", "9.0", "10.0"]
 DTYPES = ["f64", "f32", "f16", "bf16"]
 
@@ -47,12 +48,13 @@ pytestmark = pytest.mark.skipif(cuda_home() is None, reason="no nvcc here: the C
 
 @pytest.fixture(scope="module")
 def built():
-    """Where the library is, built for three architectures; spills stop the build (setup.py's flags)."""
+    """Where the library is, built for three architectures; spills stop the build."""
     environment = {
         **os.environ,
         "CECE_CUDA": "1",
         "TORCH_CUDA_ARCH_LIST": " ".join(ARCHS),
         "CUDA_HOME": str(cuda_home()),
+        "NVCC_APPEND_FLAGS": "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror",
     }
     start = time.time()
     done = subprocess.run(
@@ -96,6 +98,18 @@ def test_no_symbol_is_left_open(built):
     assert not [n for n in needed if "cuda" in n], needed
 
 
+def test_formulas_compile_for_older_cards(tmp_path):
+    """sm_75 (T4) has no min.NaN; the oldest architecture that is built by default."""
+    (tmp_path / "old.cu").write_text("""#include "numerics.h"
+__global__ void kernel(cece::Tournament<float>* t, const float (&x)[4]) { t->push(x); }
+""")
+    command = [cuda_home() / "bin/nvcc", "-std=c++17", "-arch=sm_75", "--expt-relaxed-constexpr", f"-I{ROOT}/csrc"]
+    done = subprocess.run(
+        [*command, "-cubin", tmp_path / "old.cu", "-o", tmp_path / "old.cubin"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # ---- what is in the machine code
 
 
@@ -116,7 +130,7 @@ def dump(built):
     path = os.pathsep.join([str(cuobjdump.parent), str(nvdisasm.parent), os.environ["PATH"]])
 
     def run(dtype, *args):
-        (file,) = BUILD.glob(f"temp*/cuda/{dtype}.o")
+        file = newest_object(f"cuda-{dtype}")
         done = subprocess.run(
             [cuobjdump, *args, file], capture_output=True, text=True, env={**os.environ, "PATH": path}
         )

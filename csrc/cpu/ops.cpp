@@ -229,18 +229,12 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
 
 void empty_cache() { cpu::Pages::global().drop(); }
 
-BuildInfo build_info() {
-  BuildInfo info;
-  info.version = CECE_VERSION;
-  info.torch = CECE_TORCH;
-  for (const cpu::Kernels* k : cpu::kIsas) info.cpu_isas.push_back(k->isa);
-  info.cpu_isa = cpu::kernels().isa;
-  for (const char* arch : {CECE_CUDA_ARCHS}) {
-    if (arch) info.cuda_archs.push_back(arch);
-  }
-  info.compiler = "g++ " __VERSION__;
-  return info;
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const cpu::Kernels* k : cpu::kIsas) names.push_back(k->isa);
+  return names;
 }
+std::string cpu_isa() { return cpu::kernels().isa; }
 
 }  // namespace cece
 

@@ -73,7 +73,9 @@ class Pages {
     char* start = first + (kHuge - reinterpret_cast<size_t>(first) % kHuge) % kHuge;
     if (start > first) munmap(first, start - first);
     munmap(start + bytes, first + kHuge - start);
-    madvise(start, bytes, MADV_HUGEPAGE);  // advice: nothing depends on it
+#ifdef MADV_HUGEPAGE  // advice: nothing depends on it, and macOS has none
+    madvise(start, bytes, MADV_HUGEPAGE);
+#endif
     return start;
   }
   void drop_all_but(size_t n) {  // the oldest first
