@@ -257,3 +257,39 @@ def test_overwriting_backward(emulated):
         y = x * 1
         (got,) = torch.autograd.grad(cece.cross_entropy(y, labels, inplace_backward=True), x)
         assert torch.equal(got, expected)
+
+
+BINARY_SHAPES = [(3, 5, 4, 4), (2, 24, 3, 5), (2, 3, 8, 41)]  # factors change within a pack, from pack to pack
+
+
+@pytest.mark.parametrize("shape", BINARY_SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_binary_layouts(emulated, shape, layout, dtype):
+    """Elements in the order of memory, factors along any dimension, targets of any type beside them."""
+    n = torch.Size(shape).numel()
+    x = (torch.randn(n + 1) * 4).to(dtype)[layout == "misaligned" :][:n].view(shape)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "permuted":
+        x = x.permute(1, 3, 0, 2)
+    hard = torch.rand(x.shape) > 0.5
+    channels, last = torch.rand(x.shape[1], 1, 1) + 0.5, torch.rand(x.shape[-1]) + 0.5
+    factors = [(None, None), (None, channels), (channels, last), (torch.rand(x.shape) + 0.5, None)]
+    as_input = torch.empty_like(x, dtype=torch.float32).copy_(torch.rand(x.shape))
+    targets = [as_input, as_input > 0.5, hard.long(), torch.rand(x.shape).to(dtype)]
+    targets += [as_input > 0.5, as_input.to(dtype), as_input, torch.rand(n + 1)[1:].view_as(x)]  # other factors
+    for i, target in enumerate(targets):
+        weight, pos_weight = factors[i % len(factors)]
+        reduction = "none" if i % 2 else "sum"
+        u, true_u = x.detach().requires_grad_(), x.double().requires_grad_()
+        loss = cece.binary_cross_entropy_with_logits(u, target, weight, reduction=reduction, pos_weight=pos_weight)
+        true = cece.reference.binary_cross_entropy_with_logits(
+            true_u, target.double(), weight, reduction=reduction, pos_weight=pos_weight
+        )
+        g = torch.rand_like(true)
+        (grad,) = torch.autograd.grad(loss, u, g.to(loss.dtype))
+        (true_grad,) = torch.autograd.grad(true, true_u, g)
+        assert grad.stride() == torch.empty_like(x).stride()
+        torch.testing.assert_close(loss.double(), true, rtol=3e-6, atol=1e-7)
+        torch.testing.assert_close(grad.double(), true_grad, rtol=4 * max(torch.finfo(dtype).eps, 1e-7), atol=1e-6)

@@ -74,17 +74,6 @@ __device__ __forceinline__ A mass_of(const RowArgs<A>& a, A t, int64_t c) {
 
 // ---- forward: what a thread has seen of a row
 
-// e^x for x <= 0 in two instructions instead of expf's eight, for logits of 16 bits: of them a multiprocessor must take
-// 10 a clock to keep up with memory, which leaves 12 instructions each. float32, at half that rate, affords expf.
-// Relative error 2^-22 + |x| (2^-24 + 2^-26), of the instruction, the product and the constant; 0 below 2^-126.
-//   In a Tournament |x| is, under the sum's own weights, at most log C on average: below 4 ULP of the sum.
-//   In a gradient |x| < 88: 8e-6, and rounding to 16 bits is 5e-4 or more.
-struct BriefExp {
-  __device__ __forceinline__ float operator()(float x) const { return exp2_flushed(x * 1.44269504f); }
-};
-template <class S>
-using ExpOf = std::conditional_t<sizeof(S) == 2, BriefExp, Exp>;
-
 // A row, or a part of one, as it is merged.
 template <Target K, class A>
 struct RowState {
@@ -172,8 +161,8 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
 #pragma unroll
       for (int v = 0; v < kTogether; v++) {
         const int64_t i = p + (u + v) * lanes;
-        widen_pack(raw[u + v], logit[v]);
-        if (K == Target::soft) widen_pack(raw_t[u + v], mass[v]);
+        widen_run(raw[u + v], logit[v]);
+        if (K == Target::soft) widen_run(raw_t[u + v], mass[v]);
 #pragma unroll
         for (int k = 0; K != Target::hard && k < N; k++) {
           mass[v][k] = i < cut.packs ? mass_of<K>(a, mass[v][k], begin + cut.head + i * N + k) : A(0);
@@ -342,8 +331,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
       if (i >= cut.packs) break;
       Pack<S> grad;
       A logit[N], p_k[N];
-      widen_pack(raw[u], logit);
-      if (K == Target::soft) widen_pack(raw_t[u], p_k);
+      widen_run(raw[u], logit);
+      if (K == Target::soft) widen_run(raw_t[u], p_k);
       if (has_loss) {
 #pragma unroll
         for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, logit[k], p_k[k], c + k));
