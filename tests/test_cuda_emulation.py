@@ -293,3 +293,25 @@ def test_binary_layouts(emulated, shape, layout, dtype):
         assert grad.stride() == torch.empty_like(x).stride()
         torch.testing.assert_close(loss.double(), true, rtol=3e-6, atol=1e-7)
         torch.testing.assert_close(grad.double(), true_grad, rtol=4 * max(torch.finfo(dtype).eps, 1e-7), atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_vocabulary(emulated, dtype, target):
+    """Rows of a wider tensor: aligned logits, a dense gradient whose rows are not, probabilities of another type."""
+    logits = (torch.randn(4, 1048) * 4).to(dtype)[:, :1041]
+    check(logits, torch.tensor([0, 1040, -100, 7]), None, 0.0)
+    check(logits, (torch.rand(4, 1056) / 500).to(target)[:, :1041], None, 0.0)
+
+
+def test_smoothing_beside_infinities(emulated):
+    """Gaps are summed without asking which logits are infinite, until the sum says that one is."""
+    for classes in (40, 3000):
+        x = torch.randn(5, classes)
+        x[0, 3], x[1, 5], x[2, 7] = torch.inf, -torch.inf, torch.nan
+        x[3, ::2] = -torch.inf
+        for logits in (x, x.t().contiguous().t()):
+            u = logits.clone().requires_grad_()
+            loss = cece.cross_entropy(u, torch.full((5,), 1), label_smoothing=0.1, reduction="none")
+            assert loss.isposinf().tolist() == [True, True, False, True, False] and loss[2].isnan()
+            check(logits[4:], torch.tensor([1]), None, 0.1)

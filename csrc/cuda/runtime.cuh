@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef CECE_EMULATE
 #include "emulator.h"
@@ -57,6 +58,28 @@ __device__ __forceinline__ float as_float(uint32_t bits) {
   return x;
 #else
   return __uint_as_float(bits);
+#endif
+}
+
+// x as if it came to be here: what is computed of it is not moved up to where it was loaded, and does not wait there.
+template <class T>
+__device__ __forceinline__ void use_from_here(T& x) {
+#ifndef CECE_EMULATE
+  if constexpr (std::is_same_v<T, int32_t>) asm volatile("" : "+r"(x));
+  if constexpr (std::is_same_v<T, float>) asm volatile("" : "+f"(x));
+  if constexpr (std::is_same_v<T, double>) asm volatile("" : "+d"(x));
+#endif
+}
+
+// a / b, at most 2 ULP from it, without the branch that an exact division takes around subnormals.
+__device__ __forceinline__ double divided(double a, double b) { return a / b; }
+__device__ __forceinline__ float divided(float a, float b) {
+#ifdef CECE_EMULATE
+  return a / b;
+#else
+  float q;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(q) : "f"(a), "f"(b));
+  return q;
 #endif
 }
 

@@ -1,7 +1,5 @@
 // Elements in memory as lanes of Acc: dtypes, 16-byte packs, and a row cut into a head, packs and a tail.
 #pragma once
-#include <type_traits>
-
 #include "../args.h"
 #include "runtime.cuh"
 
@@ -67,12 +65,12 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// f(T()) with T the C++ type of a dtype: of a float one, or of any.
-template <class F>
+// f(T()) with T the C++ type of a dtype: of a float one no wider than Widest, or of any.
+template <class Widest = double, class F>
 __device__ __forceinline__ void visit_float(Dtype d, F&& f) {
   switch (d) {
     case Dtype::f64:
-      return f(double());
+      return f(Widest());
     case Dtype::f16:
       return f(__half());
     case Dtype::bf16:
@@ -220,7 +218,8 @@ __device__ __forceinline__ void store_run(T* p, const Run<T, N>& run) {
 }
 template <class A, class T, int N>
 __device__ __forceinline__ void widen_run(const Run<T, N>& run, A (&out)[N]) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && sizeof(A) == 4) {  // the upper half of a float: one instruction
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && sizeof(A) == 4 &&
+                N % 2 == 0) {  // the upper half of a float: one instruction
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
       out[2 * i] = as_float(run.bits[i] << 16);
