@@ -23,6 +23,12 @@
 #define CECE_HD inline __attribute__((always_inline))
 #endif
 
+#if defined(CECE_EMULATE)  // the emulator moves results as far as a GPU's may be off
+#define CECE_GPU(call, x, units) ::emulator::perturbed(x, call, units)
+#else
+#define CECE_GPU(call, x, units) call
+#endif
+
 namespace cece {
 
 // ------------------------------------------------------------------------------------------- primitives
@@ -65,9 +71,9 @@ CECE_HD float abs_(float x) { return ::fabsf(x); }
 CECE_HD double abs_(double x) { return ::fabs(x); }
 
 // e^x for x <= 0. float: at most 2 ULP, with gradual underflow; 0 at -inf.
-CECE_HD float exp_nonpositive(float x) { return ::expf(x); }
+CECE_HD float exp_nonpositive(float x) { return CECE_GPU(::expf(x), x, 2); }
 CECE_HD double exp_nonpositive(double x) { return ::exp(x); }
-CECE_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
+CECE_HD float expm1_nonpositive(float x) { return CECE_GPU(::expm1f(x), x, 1); }
 CECE_HD double expm1_nonpositive(double x) { return ::expm1(x); }
 struct Exp {  // the same as an object, for formulas that can do with a rougher one
   template <class T>
@@ -76,7 +82,7 @@ struct Exp {  // the same as an object, for formulas that can do with a rougher 
   }
 };
 // log(1 + z) for z >= -1, and a faster one for 0 <= z <= 1
-CECE_HD float log1p_(float z) { return ::log1pf(z); }
+CECE_HD float log1p_(float z) { return CECE_GPU(::log1pf(z), z, 1); }
 CECE_HD double log1p_(double z) { return ::log1p(z); }
 CECE_HD double log1p_unit(double z) { return ::log1p(z); }
 CECE_HD float fmadd(float a, float b, float c) { return a * b + c; }
@@ -89,7 +95,7 @@ CECE_HD float reciprocal_unit(float d) {
   return r;
 }
 #else
-CECE_HD float reciprocal_unit(float d) { return 1 / d; }
+CECE_HD float reciprocal_unit(float d) { return CECE_GPU(1 / d, d, 1); }
 #endif
 // log(1 + z) for 0 <= z <= 1, at most 2 ULP beside those of s: 2 atanh(s) = 2 s (1 + s^2 Q(s^2)), s = z / (2 + z) <=
 // 1/3; Q is a minimax polynomial (relative error 1.6e-8). A small z keeps all its bits. F: float, or lanes of it.
@@ -103,7 +109,7 @@ CECE_HD F log1p_of_ratio(F s) {
 }
 CECE_HD float log1p_unit(float z) { return log1p_of_ratio(z * reciprocal_unit(z + 2.f)); }
 // log(z), for z in [0, 1]
-CECE_HD float log_(float z) { return ::logf(z); }
+CECE_HD float log_(float z) { return CECE_GPU(::logf(z), z, 1); }
 CECE_HD double log_(double z) { return ::log(z); }
 
 // a * b, but 0 wherever a is 0: an impossible outcome costs nothing, however impossible.

@@ -7,6 +7,7 @@ kernels have: a path for each shape, any alignment, any order of threads.
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,8 @@ def run(program, *args):
 # What each seeded bug of self_test.cpp must end in: 1 a wrong result, 2 the emulator's own words, a
 # string the sanitizer's.
 CAUGHT = {
-    "plain": {0: 0, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 2},
-    "address": {0: 0, 1: "heap-buffer-overflow", 2: "out of bounds", 3: 2, 4: 1, 5: 2, 6: 1, 7: 2},
+    "plain": {0: 0, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 2, 8: 2, 9: 2, 10: 2},
+    "address": {0: 0, 1: "heap-buffer-overflow", 2: "out of bounds", 3: 2, 4: 1, 5: 2, 6: 1, 7: 2, 8: 2, 9: 2, 10: 2},
     "thread": {0: 0, 4: "data race"},
 }
 
@@ -213,6 +214,24 @@ def test_wide_rows_of_code_without_clusters(emulated, major, compiled_for):
         emulated.card(8, 80)
 
 
+@pytest.mark.parametrize("order", [0, -1, 1])
+def test_clusters(emulated, order):
+    """Wide rows by 2 to 8 blocks, merged through each other's shared memory; more parts go through memory."""
+    seed(order)
+    emulated.card(9, 90)
+    try:
+        for rows, classes in ((2, 33_000), (2, 52_000), (3, 70_001), (60, 40_001)):
+            logits, labels = torch.randn(rows, classes) * 4, torch.arange(rows) * 16_000 % classes
+            labels[rows - 1] = -100
+            before = emulated.clusters()
+            check(logits, labels, None, 0.1)
+            check(logits[:, : classes // 2 * 2].bfloat16()[:2], torch.rand(2, classes // 2 * 2) / 1000, None, 0.0)
+            assert emulated.clusters() > before
+    finally:
+        emulated.card(8, 80)
+        seed(1)
+
+
 def test_bad_labels(emulated):
     """NaN in its row, which is how CUDA says it, and in no other."""
     for logits in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(4, 3000), torch.randn(4, 40001)):
@@ -315,3 +334,20 @@ def test_smoothing_beside_infinities(emulated):
             loss = cece.cross_entropy(u, torch.full((5,), 1), label_smoothing=0.1, reduction="none")
             assert loss.isposinf().tolist() == [True, True, False, True, False] and loss[2].isnan()
             check(logits[4:], torch.tensor([1]), None, 0.1)
+
+
+@pytest.mark.parametrize("mode", ["perturbed", "fma"])
+def test_arithmetic_of_a_gpu(mode):
+    """The numerics contract where functions are as far off as a GPU's may be, and where products are not rounded."""
+    if mode == "fma" and "fma" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no fused multiply-add")
+    chosen = "emulated and (tiny_loss or offset or binary)"
+    files = ["test_extremes.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "CECE_EMULATOR_MODE": mode},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -190,8 +190,10 @@ __device__ __forceinline__ void for_elements(const BinaryCrossEntropyArgs& a, co
   }
 }
 
-template <class S>
-constexpr int kElementBlocks = kDtype<S> == Dtype::f64 ? 2 : 4;  // on a multiprocessor: 128 or 64 registers a thread
+template <class S>  // on a multiprocessor: 128, 80 or 64 registers a thread
+constexpr int kElementBlocks = kDtype<S> == Dtype::f64   ? 2
+                               : kDtype<S> == Dtype::f16 ? 3
+                                                         : 4;
 
 // The sum of a thread's losses goes on in double; a block leaves one partial sum.
 template <class S, class Loss, class T>

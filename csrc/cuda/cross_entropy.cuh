@@ -20,10 +20,10 @@ constexpr bool kSoft = K == Target::soft || K == Target::mixed;
 // Blocks of kMaxThreads that shall fit a multiprocessor: what leaves a thread the registers it needs (64, 80, 128,
 // 255).
 template <class S, Target K>
-constexpr int kResident = kDtype<S> == Dtype::f64 ? 1
-                          : kSoft<K>              ? 2
-                          : K == Target::hard     ? 4
-                                                  : kMinBlocks;
+constexpr int kResident = kDtype<S> == Dtype::f64                        ? 1
+                          : kSoft<K>                                     ? 2
+                          : K == Target::hard && kDtype<S> != Dtype::f16 ? 4
+                                                                         : kMinBlocks;
 
 template <class S, Target K>  // fewer than with rows, for the eight addresses
 constexpr int kPixelResident = kResident<S, K> < kMinBlocks ? kResident<S, K> : kMinBlocks;
@@ -133,7 +133,7 @@ struct Reader {
   LongSum<A> gaps, mass;
 
   template <int V, int N>
-  __device__ __forceinline__ void push(const A (&x)[V][N], const A (&q)[V][N], const bool (&)[V]) {
+  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&q)[V][N], const bool (&)[V]) {
     const A before = logits.max;
     logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
     gaps.add(times(mass.value(), gap(before, logits.max)));
@@ -156,12 +156,12 @@ struct Reader<S, Target::hard> {
   Tournament<A> logits;
 
   template <int V, int N>
-  __device__ __forceinline__ void push(const A (&x)[V][N], const A (&)[V][N], const bool (&)[V]) {
+  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&)[V][N], const bool (&)[V]) {
     logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
   }
   __device__ __forceinline__ RowState<Target::hard, A> state(const RowArgs<A>&) const { return {logits.log_sum_exp()}; }
 };
-// All masses are equal: gaps are summed without them, two instructions each.
+// All masses are equal: gaps are summed without them, two instructions each, where that sum is finite.
 template <class S>
 struct Reader<S, Target::smooth> {
   using A = AccOf<S>;
@@ -170,20 +170,20 @@ struct Reader<S, Target::smooth> {
   A count = A(0);
 
   template <int V, int N>
-  __device__ __forceinline__ void push(const A (&x)[V][N], const A (&)[V][N], const bool (&inside)[V]) {
+  __device__ __forceinline__ void push(const RowArgs<A>& a, const A (&x)[V][N], const A (&)[V][N],
+                                       const bool (&inside)[V]) {
     const A before = logits.max;
     logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
-    A these = times(count, gap(before, logits.max));
-    these = these + sum(x, inside, [&](A x) { return logits.max - x; });
-    if (!(these < std::numeric_limits<A>::infinity())) {  // an infinity, or what is no gap: of the maximum itself
-      these = times(count, gap(before, logits.max)) + sum(x, inside, [&](A x) { return gap(x, logits.max); });
+    A these = a.spread * sum(x, inside, [&](A x) { return logits.max - x; });
+    if (!(these < std::numeric_limits<A>::infinity())) {  // an infinity, too large a sum, or a maximum's own inf - inf
+      these = sum(x, inside, [&](A x) { return times(a.spread, gap(x, logits.max)); });
     }
-    gaps.add(these);
+    gaps.add(these + times(count * a.spread, gap(before, logits.max)));
 #pragma unroll
     for (int v = 0; v < V; v++) count += inside[v] ? A(N) : A(0);
   }
   __device__ __forceinline__ RowState<Target::smooth, A> state(const RowArgs<A>& a) const {
-    return {logits.log_sum_exp(), {gaps.value() * a.spread, count * a.spread}};
+    return {logits.log_sum_exp(), {gaps.value(), count * a.spread}};
   }
 
  private:
@@ -233,7 +233,7 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
   using A = AccOf<S>;
   constexpr bool kPlain = K == Target::hard || K == Target::smooth;  // nothing to load beside the logits
   constexpr int N = Pack<S>::kSize, U = kPlain ? kPacks : kPacks / 2;
-  constexpr int kAtOnce = kPlain ? 16 : 8, kTogether = N * U < kAtOnce ? U : kAtOnce / N;  // packs a push
+  constexpr int kAtOnce = K == Target::hard ? 16 : 8, kTogether = N * U < kAtOnce ? U : kAtOnce / N;  // packs a push
   Reader<S, K> reader;
   const int64_t at_x = offset_of(a.rows, a.logits, row) + begin * a.logits.class_stride;
   const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
@@ -269,7 +269,7 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
           q[v][k] = in[v] ? mass_of<K>(a, mass[u + v][k], c) : A(0);
         }
       }
-      reader.push(logit, q, in);
+      reader.push(a, logit, q, in);
     }
   }
   if (lane >= cut.packs && !started(at_x)) return RowState<K, A>();
@@ -278,7 +278,7 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
     const A logit[1][1] = {{load_one<S>(a.logits, at_x + i * a.logits.class_stride)}};
     const A p = kSoft<K> ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
     const A mass[1][1] = {{mass_of<K>(a, p, begin + i)}};
-    reader.push(logit, mass, {true});
+    reader.push(a, logit, mass, {true});
   }
   return reader.state(a);
 }
@@ -547,7 +547,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
           x[u][0] = inside[u] ? x[u][0] : minus_infinity<A>();
           q[u][0] = inside[u] ? mass_of<K>(a, q[u][0], first + u * slices) : A(0);
         }
-        reader.push(x, q, inside);
+        reader.push(a, x, q, inside);
       }
       all.merge(reader.state(a));
     }
