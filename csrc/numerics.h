@@ -23,6 +23,12 @@
 #define CECE_HD inline __attribute__((always_inline))
 #endif
 
+#if defined(CECE_EMULATE)  // the emulator moves results as far as a GPU's may be off
+#define CECE_GPU(call, x, units) ::emulator::perturbed(x, call, units)
+#else
+#define CECE_GPU(call, x, units) call
+#endif
+
 namespace cece {
 
 // ------------------------------------------------------------------------------------------- primitives
@@ -67,9 +73,9 @@ CECE_HD float abs_(float x) { return ::fabsf(x); }
 CECE_HD double abs_(double x) { return ::fabs(x); }
 
 // e^x for x <= 0. float: at most 2 ULP, with gradual underflow; 0 at -inf.
-CECE_HD float exp_nonpositive(float x) { return ::expf(x); }
+CECE_HD float exp_nonpositive(float x) { return CECE_GPU(::expf(x), x, 2); }
 CECE_HD double exp_nonpositive(double x) { return ::exp(x); }
-CECE_HD float expm1_nonpositive(float x) { return ::expm1f(x); }
+CECE_HD float expm1_nonpositive(float x) { return CECE_GPU(::expm1f(x), x, 1); }
 CECE_HD double expm1_nonpositive(double x) { return ::expm1(x); }
 struct Exp {  // the same as an object, for formulas that can do with a rougher one
   template <class T>
@@ -78,12 +84,34 @@ struct Exp {  // the same as an object, for formulas that can do with a rougher 
   }
 };
 // log(1 + z) for z >= -1, and a faster one for 0 <= z <= 1
-CECE_HD float log1p_(float z) { return ::log1pf(z); }
+CECE_HD float log1p_(float z) { return CECE_GPU(::log1pf(z), z, 1); }
 CECE_HD double log1p_(double z) { return ::log1p(z); }
-CECE_HD float log1p_unit(float z) { return ::log1pf(z); }
 CECE_HD double log1p_unit(double z) { return ::log1p(z); }
+CECE_HD float fmadd(float a, float b, float c) { return a * b + c; }
+// 1 / d for 1 <= d <= 3, at most 1 ULP: a division has a branch for subnormals and overflows, which are none here.
+CECE_HD double reciprocal_unit(double d) { return 1 / d; }
+#if defined(__CUDA_ARCH__)
+CECE_HD float reciprocal_unit(float d) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  return r;
+}
+#else
+CECE_HD float reciprocal_unit(float d) { return CECE_GPU(1 / d, d, 1); }
+#endif
+// log(1 + z) for 0 <= z <= 1, at most 2 ULP beside those of s: 2 atanh(s) = 2 s (1 + s^2 Q(s^2)), s = z / (2 + z) <=
+// 1/3; Q is a minimax polynomial (relative error 1.6e-8). A small z keeps all its bits. F: float, or lanes of it.
+template <class F>
+CECE_HD F log1p_of_ratio(F s) {
+  const F u = s * s, twice = s + s;
+  F q = fmadd(F(1.34257495e-1f), u, F(1.41183093e-1f));
+  q = fmadd(q, u, F(2.00037807e-1f));
+  q = fmadd(q, u, F(3.33333194e-1f));
+  return fmadd(twice * u, q, twice);
+}
+CECE_HD float log1p_unit(float z) { return log1p_of_ratio(z * reciprocal_unit(z + 2.f)); }
 // log(z), for z in [0, 1]
-CECE_HD float log_(float z) { return ::logf(z); }
+CECE_HD float log_(float z) { return CECE_GPU(::logf(z), z, 1); }
 CECE_HD double log_(double z) { return ::log(z); }
 
 // a * b, but 0 wherever a is 0: an impossible outcome costs nothing, however impossible.
@@ -231,16 +259,16 @@ CECE_HD T weighted(T weight, T loss) {
 struct BinaryCrossEntropyWithLogits {
   static constexpr bool kProbabilities = false;
 
-  template <class T>
-  CECE_HD static T loss(T x, T y, T pos_weight) {
+  template <class T, class E = Exp>
+  CECE_HD static T loss(T x, T y, T pos_weight, E exp = E()) {
     const T negative = T(1) - y, positive = pos_weight * y;
     const T wrong = select(greater(x, T(0)), negative, positive);  // the mass on the other side of x
-    return times(wrong, abs_(x)) + (negative + positive) * log1p_unit(exp_nonpositive(-abs_(x)));
+    return times(wrong, abs_(x)) + (negative + positive) * log1p_unit(exp(-abs_(x)));
   }
   // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential
-  template <class T>
-  CECE_HD static T slope(T x, T y, T pos_weight) {
-    const T z = exp_nonpositive(-abs_(x)), big = T(1) / (T(1) + z), small = z * big;
+  template <class T, class E = Exp>
+  CECE_HD static T slope(T x, T y, T pos_weight, E exp = E()) {
+    const T z = exp(-abs_(x)), big = reciprocal_unit(T(1) + z), small = z * big;
     const auto below = greater(T(0), x);
     return (T(1) - y) * select(below, small, big) - pos_weight * y * select(below, big, small);
   }
@@ -255,12 +283,12 @@ struct BinaryCrossEntropy {
   CECE_HD static T capped(T minus_log) {
     return select(greater(minus_log, T(100)), T(100), minus_log);
   }
-  template <class T>
-  CECE_HD static T loss(T x, T y, T) {
+  template <class T, class E = Exp>
+  CECE_HD static T loss(T x, T y, T, E = E()) {
     return y * capped(-log_(x)) + (T(1) - y) * capped(-log1p_minus(x));
   }
-  template <class T>
-  CECE_HD static T slope(T x, T y, T) {
+  template <class T, class E = Exp>
+  CECE_HD static T slope(T x, T y, T, E = E()) {
     const T variance = (T(1) - x) * x, least = T(1e-12);
     return (x - y) / select(greater(least, variance), least, variance);
   }

@@ -7,6 +7,7 @@ kernels have: a path for each shape, any alignment, any order of threads.
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,8 @@ def run(program, *args):
 # What each seeded bug of self_test.cpp must end in: 1 a wrong result, 2 the emulator's own words, a
 # string the sanitizer's.
 CAUGHT = {
-    "plain": {0: 0, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 2},
-    "address": {0: 0, 1: "heap-buffer-overflow", 2: "out of bounds", 3: 2, 4: 1, 5: 2, 6: 1, 7: 2},
+    "plain": {0: 0, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 2, 8: 2, 9: 2, 10: 2},
+    "address": {0: 0, 1: "heap-buffer-overflow", 2: "out of bounds", 3: 2, 4: 1, 5: 2, 6: 1, 7: 2, 8: 2, 9: 2, 10: 2},
     "thread": {0: 0, 4: "data race"},
 }
 
@@ -213,6 +214,24 @@ def test_wide_rows_of_code_without_clusters(emulated, major, compiled_for):
         emulated.card(8, 80)
 
 
+@pytest.mark.parametrize("order", [0, -1, 1])
+def test_clusters(emulated, order):
+    """Wide rows by 2 to 8 blocks, merged through each other's shared memory; more parts go through memory."""
+    seed(order)
+    emulated.card(9, 90)
+    try:
+        for rows, classes in ((2, 33_000), (2, 52_000), (3, 70_001), (60, 40_001)):
+            logits, labels = torch.randn(rows, classes) * 4, torch.arange(rows) * 16_000 % classes
+            labels[rows - 1] = -100
+            before = emulated.clusters()
+            check(logits, labels, None, 0.1)
+            check(logits[:, : classes // 2 * 2].bfloat16()[:2], torch.rand(2, classes // 2 * 2) / 1000, None, 0.0)
+            assert emulated.clusters() > before
+    finally:
+        emulated.card(8, 80)
+        seed(1)
+
+
 def test_bad_labels(emulated):
     """NaN in its row, which is how CUDA says it, and in no other."""
     for logits in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(4, 3000), torch.randn(4, 40001)):
@@ -257,3 +276,78 @@ def test_overwriting_backward(emulated):
         y = x * 1
         (got,) = torch.autograd.grad(cece.cross_entropy(y, labels, inplace_backward=True), x)
         assert torch.equal(got, expected)
+
+
+BINARY_SHAPES = [(3, 5, 4, 4), (2, 24, 3, 5), (2, 3, 8, 41)]  # factors change within a pack, from pack to pack
+
+
+@pytest.mark.parametrize("shape", BINARY_SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_binary_layouts(emulated, shape, layout, dtype):
+    """Elements in the order of memory, factors along any dimension, targets of any type beside them."""
+    n = torch.Size(shape).numel()
+    x = (torch.randn(n + 1) * 4).to(dtype)[layout == "misaligned" :][:n].view(shape)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "permuted":
+        x = x.permute(1, 3, 0, 2)
+    hard = torch.rand(x.shape) > 0.5
+    channels, last = torch.rand(x.shape[1], 1, 1) + 0.5, torch.rand(x.shape[-1]) + 0.5
+    factors = [(None, None), (None, channels), (channels, last), (torch.rand(x.shape) + 0.5, None)]
+    as_input = torch.empty_like(x, dtype=torch.float32).copy_(torch.rand(x.shape))
+    targets = [as_input, as_input > 0.5, hard.long(), torch.rand(x.shape).to(dtype)]
+    targets += [as_input > 0.5, as_input.to(dtype), as_input, torch.rand(n + 1)[1:].view_as(x)]  # other factors
+    for i, target in enumerate(targets):
+        weight, pos_weight = factors[i % len(factors)]
+        reduction = "none" if i % 2 else "sum"
+        u, true_u = x.detach().requires_grad_(), x.double().requires_grad_()
+        loss = cece.binary_cross_entropy_with_logits(u, target, weight, reduction=reduction, pos_weight=pos_weight)
+        true = cece.reference.binary_cross_entropy_with_logits(
+            true_u, target.double(), weight, reduction=reduction, pos_weight=pos_weight
+        )
+        g = torch.rand_like(true)
+        (grad,) = torch.autograd.grad(loss, u, g.to(loss.dtype))
+        (true_grad,) = torch.autograd.grad(true, true_u, g)
+        assert grad.stride() == torch.empty_like(x).stride()
+        torch.testing.assert_close(loss.double(), true, rtol=3e-6, atol=1e-7)
+        torch.testing.assert_close(grad.double(), true_grad, rtol=4 * max(torch.finfo(dtype).eps, 1e-7), atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_vocabulary(emulated, dtype, target):
+    """Rows of a wider tensor: aligned logits, a dense gradient whose rows are not, probabilities of another type."""
+    logits = (torch.randn(4, 1048) * 4).to(dtype)[:, :1041]
+    check(logits, torch.tensor([0, 1040, -100, 7]), None, 0.0)
+    check(logits, (torch.rand(4, 1056) / 500).to(target)[:, :1041], None, 0.0)
+
+
+def test_smoothing_beside_infinities(emulated):
+    """Gaps are summed without asking which logits are infinite, until the sum says that one is."""
+    for classes in (40, 3000):
+        x = torch.randn(5, classes)
+        x[0, 3], x[1, 5], x[2, 7] = torch.inf, -torch.inf, torch.nan
+        x[3, ::2] = -torch.inf
+        for logits in (x, x.t().contiguous().t()):
+            u = logits.clone().requires_grad_()
+            loss = cece.cross_entropy(u, torch.full((5,), 1), label_smoothing=0.1, reduction="none")
+            assert loss.isposinf().tolist() == [True, True, False, True, False] and loss[2].isnan()
+            check(logits[4:], torch.tensor([1]), None, 0.1)
+
+
+@pytest.mark.parametrize("mode", ["perturbed", "fma"])
+def test_arithmetic_of_a_gpu(mode):
+    """The numerics contract where functions are as far off as a GPU's may be, and where products are not rounded."""
+    if mode == "fma" and "fma" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no fused multiply-add")
+    chosen = "emulated and (tiny_loss or offset or binary)"
+    files = ["test_extremes.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "CECE_EMULATOR_MODE": mode},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -22,7 +22,9 @@ CECE_VEC Vec<A> log1p_(Vec<A> z) { return z.log1p(); }
 inline Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }
 inline Vec<double> expm1_nonpositive(Vec<double> x) { return x.expm1(); }
 inline Vec<double> log_(Vec<double> x) { return x.log(); }
+CECE_VEC Vec<A> reciprocal_unit(Vec<A> d) { return Vec<A>(A(1)) / d; }
 inline Vec<double> log1p_unit(Vec<double> z) { return z.log1p(); }
+inline Vec<float> log1p_unit(Vec<float> z);  // below
 
 // e^x for x <= 0 as scale * (1 + tail): x log2(e) = n + r with |r| <= 1/2, scale = 2^n, 1 + tail = 2^r by a minimax
 // polynomial of degree 6 (relative error 4e-9). kShift moves 2^64 from the one to the other: scale = 2^(n + kShift).
@@ -65,18 +67,6 @@ inline __attribute__((always_inline)) Vec<float> expm1_nonpositive(Vec<float> x)
   return at::vec::fmadd(scale, tail, scale - Vec<float>(1.f));
 }
 
-// log(1 + z) for 0 <= z <= 1, at most 2 ULP: 2 atanh(s) = 2 s (1 + s^2 Q(s^2)) with s = z / (2 + z) <= 1/3;
-// Q is a minimax polynomial (relative error 1.6e-8). A small z keeps all its bits.
-inline __attribute__((always_inline)) Vec<float> log1p_unit(Vec<float> z) {
-  using V = Vec<float>;
-  const V s = z / (z + V(2.f)), u = s * s;
-  V q = at::vec::fmadd(V(1.34257495e-1f), u, V(1.41183093e-1f));
-  q = at::vec::fmadd(q, u, V(2.00037807e-1f));
-  q = at::vec::fmadd(q, u, V(3.33333194e-1f));
-  const V twice = s + s;
-  return at::vec::fmadd(twice * u, q, twice);
-}
-
 // log(z) for 0 <= z <= 1: at most 2 ULP, also of a subnormal; a finite number below -104 for 0, NaN for NaN.
 // z = 2^k m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = (m - 1) / (m + 1): as above, |s| <= 0.172.
 inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
@@ -106,4 +96,9 @@ template <class A>
 struct LaneOf<Vec<A>> {
   using type = A;
 };
+inline namespace CPU_CAPABILITY {
+inline __attribute__((always_inline)) Vec<float> log1p_unit(Vec<float> z) {
+  return log1p_of_ratio(z / (z + Vec<float>(2.f)));  // at::vec::fmadd: found by its argument
+}
+}  // namespace CPU_CAPABILITY
 }  // namespace cece

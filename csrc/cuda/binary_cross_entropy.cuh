@@ -1,8 +1,10 @@
 // Elementwise losses on a GPU: binary cross-entropy on logits or on probabilities, forward and backward.
 //
-// Elements are taken in their logical order. Where input and gradient lie in that order, 16 bytes of input at a time:
-// the target beside it then may have any dtype, and weights may be broadcast. Any other layout goes element by element.
-// Bytes: forward reads input and target, backward reads them again and writes the gradient, five passes in all.
+// Elements are taken in the order of the input's memory. Where the gradient lies in that order too, 16 bytes of input
+// at a time: the target beside it may have any dtype, and weights may be repeated along dimensions. Any other layout
+// goes element by element. Kernels of their own, with no instruction but what they need, serve what training does: a
+// target of the input's type, float32 or bool, no weights, one incoming gradient. Bytes: forward reads input and
+// target, backward reads them again and writes the gradient, five passes in all.
 #pragma once
 #include "kernels.h"
 #include "reduce.cuh"
@@ -10,155 +12,214 @@
 
 namespace cece::cuda {
 
-// How an operand lies beside the elements: not there, in their order, repeated along all but the last dimension, or
-// in any other way.
-enum class Layout { absent, flat, last, strided };
-
+// How an operand lies beside the elements: not there; in their order; at (i / inner) % size for element i, that is
+// along one dimension of them; or in any other way.
+struct Layout {
+  enum Kind { absent, flat, along, strided } kind;
+  int64_t inner, size;
+};
 struct Layouts {
   bool packed;  // element by element otherwise
   Layout weight, pos_weight, grad_loss;
 };
 
 inline Layout layout_of(const Shape& s, const Operand& t) {
-  if (!t.data) return Layout::absent;
-  bool flat = true, last = true;
+  if (!t.data) return {Layout::absent, 1, 1};
+  bool flat = true;
+  int along = 0;
+  Layout one{Layout::along, 1, 1};
   int64_t expected = 1;
   for (int d = s.dims - 1; d >= 0; d--) {
     flat = flat && t.stride[d] == expected;
-    last = last && (d == s.dims - 1 || t.stride[d] == 0);
+    if (t.stride[d] != 0) along += t.stride[d] == 1 ? 1 : 2, one.inner = expected, one.size = s.size[d];
     expected *= s.size[d];
   }
-  return flat ? Layout::flat : last ? Layout::last : Layout::strided;
+  return flat ? Layout{Layout::flat, 1, 1} : along < 2 ? one : Layout{Layout::strided, 1, 1};
+}
+
+// The same elements in the order of the input's memory, so that channels-last is as flat as contiguous.
+inline BinaryCrossEntropyArgs in_memory_order(BinaryCrossEntropyArgs a) {
+  Operand* const all[] = {&a.input, &a.target, &a.weight, &a.pos_weight, &a.loss, &a.grad_loss, &a.grad_input};
+  int64_t step = 1;
+  for (int d = a.shape.dims - 1; d >= 0; d--) a.loss.stride[d] = step, step *= a.shape.size[d];  // it is contiguous
+  const auto swap = [](int64_t* x, int d) {
+    const int64_t y = x[d];
+    x[d] = x[d - 1], x[d - 1] = y;
+  };
+  for (int i = 1; i < a.shape.dims; i++) {
+    for (int d = i; d > 0 && a.input.stride[d - 1] < a.input.stride[d]; d--) {
+      swap(a.shape.size, d);
+      for (Operand* t : all) swap(t->stride, d);
+    }
+  }
+  int last = 0;
+  for (int d = 1; d < a.shape.dims; d++) {  // merged where all strides allow it
+    bool merge = true;
+    for (Operand* t : all) merge = merge && (!t->data || t->stride[last] == t->stride[d] * a.shape.size[d]);
+    last += !merge;
+    a.shape.size[last] = (merge ? a.shape.size[last] : 1) * a.shape.size[d];
+    for (Operand* t : all) t->stride[last] = t->stride[d];
+  }
+  if (a.shape.dims > 0) a.shape.dims = last + 1;
+  return a;
 }
 
 // One element's loss and slope; w and p are 1 where absent.
-template <class Loss, class A>
+template <class Loss, class S, class A>
 __device__ __forceinline__ A loss_of(A x, A y, A w, A p) {
-  const A loss = weighted(w, Loss::loss(x, y, p));
+  const A loss = weighted(w, Loss::loss(x, y, p, ExpOf<S>()));
   const bool possible = !Loss::kProbabilities || (x >= A(0) && x <= A(1) && y >= A(0) && y <= A(1));
   return possible ? loss : std::numeric_limits<A>::quiet_NaN();
 }
-template <class Loss, class A>
+template <class Loss, class S, class A>
 __device__ __forceinline__ A slope_of(A x, A y, A w, A p, A g) {
-  return Loss::slope(x, y, p) * w * g;
+  return Loss::slope(x, y, p, ExpOf<S>()) * w * g;
 }
 
-template <class A, class S, int N>
-__device__ __forceinline__ void widen_run(const void* data, int64_t i, A (&out)[N]) {
-#pragma unroll
-  for (int k = 0; k < N; k++) out[k] = widen<A>(static_cast<const S*>(data)[i + k]);
-}
-// Targets i ... i + N - 1: a pack where they are of type S and aligned, else one by one.
-template <class S, int N>
-__device__ __forceinline__ void load_targets(const Operand& t, int64_t i, AccOf<S> (&out)[N]) {
-  using A = AccOf<S>;
-  if (t.dtype == kDtype<S> && reinterpret_cast<uintptr_t>(static_cast<const S*>(t.data) + i) % 16 == 0) {
-    return widen_pack(load_pack<S>(reinterpret_cast<const uint4*>(static_cast<const S*>(t.data) + i)), out);
-  }
-  switch (t.dtype) {
-    case Dtype::f64:
-      return widen_run<A, double>(t.data, i, out);
-    case Dtype::f32:
-      return widen_run<A, float>(t.data, i, out);
-    case Dtype::f16:
-      return widen_run<A, __half>(t.data, i, out);
-    case Dtype::bf16:
-      return widen_run<A, __nv_bfloat16>(t.data, i, out);
-    case Dtype::u8:
-      return widen_run<A, uint8_t>(t.data, i, out);
-    case Dtype::i8:
-      return widen_run<A, int8_t>(t.data, i, out);
-    case Dtype::i16:
-      return widen_run<A, int16_t>(t.data, i, out);
-    case Dtype::i32:
-      return widen_run<A, int32_t>(t.data, i, out);
-    case Dtype::i64:
-      return widen_run<A, int64_t>(t.data, i, out);
-  }
-}
-// Factors beside elements i ... i + N - 1, in[0] being position `column` of the last dimension.
+// Factors beside elements i ... i + N - 1.
 template <class A, int N>
-__device__ __forceinline__ void load_factors(const BinaryCrossEntropyArgs& a, const Operand& t, Layout layout,
-                                             int64_t i, int64_t column, A (&out)[N]) {
-  const int last = a.shape.dims - 1;
-  const int64_t inner = last < 0 ? 1 : a.shape.size[last], stride = last < 0 ? 0 : t.stride[last];
-#pragma unroll
-  for (int k = 0; k < N; k++) {
-    if (layout == Layout::absent) {
-      out[k] = A(1);
-    } else if (layout == Layout::flat) {
-      out[k] = load_float<A>(t, i + k);
-    } else {
-      out[k] = load_float<A>(t, column * stride);
-      if (++column == inner) column = 0;
-    }
+__device__ __forceinline__ void load_factors(const Operand& t, const Layout& layout, int64_t i, A (&out)[1][N]) {
+  const bool wanted[1] = {true};
+  int64_t at[1] = {i}, within = 0;
+  if (layout.kind == Layout::along) {
+    const int64_t n = quotient(i, layout.inner);
+    within = i - n * layout.inner, at[0] = n - quotient(n, layout.size) * layout.size;
   }
-}
-
-// What elements first ... first + N - 1 are made of.
-template <class S, int N>
-struct Elements {
-  using A = AccOf<S>;
-  A x[N], y[N], w[N], p[N], g[N];
-};
-template <class S>
-__device__ __forceinline__ auto load_packed(const BinaryCrossEntropyArgs& a, const Layouts& layouts, int64_t i) {
-  Elements<S, Pack<S>::kSize> e;
-  widen_pack(load_pack<S>(reinterpret_cast<const uint4*>(static_cast<const S*>(a.input.data) + i)), e.x);
-  load_targets<S>(a.target, i, e.y);
-  const bool repeats =
-      layouts.weight == Layout::last || layouts.pos_weight == Layout::last || layouts.grad_loss == Layout::last;
-  const int64_t column = repeats && a.shape.dims ? i % a.shape.size[a.shape.dims - 1] : 0;
-  load_factors(a, a.weight, layouts.weight, i, column, e.w);
-  load_factors(a, a.pos_weight, layouts.pos_weight, i, column, e.p);
-  load_factors(a, a.grad_loss, layouts.grad_loss, i, column, e.g);
-  return e;
-}
-template <class S>
-__device__ __forceinline__ auto load_single(const BinaryCrossEntropyArgs& a, const Layouts& layouts, int64_t i) {
-  using A = AccOf<S>;
-  const auto factor = [&](const Operand& t, Layout layout) {
-    return layout == Layout::absent ? A(1) : load_float<A>(t, offset_of(a.shape, t, i));
-  };
-  Elements<S, 1> e;
-  e.x[0] = load_one<S>(a.input, offset_of(a.shape, a.input, i));
-  e.y[0] = load_as<A>(a.target, offset_of(a.shape, a.target, i));
-  e.w[0] = factor(a.weight, layouts.weight);
-  e.p[0] = factor(a.pos_weight, layouts.pos_weight);
-  e.g[0] = factor(a.grad_loss, layouts.grad_loss);
-  return e;
-}
-
-// The sum of a thread's losses goes on in double; a block leaves one partial sum.
-template <class S, class Loss>
-__global__ void __launch_bounds__(kElementThreads, kDtype<S> == Dtype::f64 ? 2 : 4)
-    binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts,
-                   Sums* partial) {
-  using A = AccOf<S>;
-  constexpr int N = Pack<S>::kSize;
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
-  const Cut<S> cut(layouts.packed, static_cast<const S*>(a.input.data), a.shape.count);
-  A* const losses = static_cast<A*>(a.loss.data);
-  Sums sum;
-  for (int64_t p = thread; p < cut.packs; p += threads) {
-    const int64_t i = cut.head + p * N;
-    const auto e = load_packed<S>(a, layouts, i);
-    A of_pack = A(0);
+  if (layout.kind == Layout::absent || (layout.kind == Layout::along && within + N <= layout.inner)) {
+    const A same = layout.kind == Layout::absent ? A(1) : load_float<A>(t, at[0]);
+#pragma unroll
+    for (int k = 0; k < N; k++) out[0][k] = same;
+  } else if (layout.kind == Layout::flat || (layout.inner == 1 && at[0] + N <= layout.size)) {
+    visit_float(t.dtype, [&](auto type) { load_runs<decltype(type)>(t.data, at, wanted, out); });
+  } else {
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      const A loss = loss_of<Loss>(e.x[k], e.y[k], e.w[k], e.p[k]);
-      of_pack += loss;
-      if (losses) losses[i + k] = loss;
+      out[0][k] = load_float<A>(t, at[0]);
+      if (++within == layout.inner) within = 0, at[0] = at[0] + 1 == layout.size ? 0 : at[0] + 1;
     }
-    sum.a += of_pack;
+  }
+}
+
+// What runs of N elements are made of, U runs at a time; the factors of one run.
+template <class A, int N, int U>
+struct Elements {
+  A x[U][N], y[U][N];
+};
+template <class A, int N>
+struct Factors {
+  A w[1][N], p[1][N], g[1][N];
+};
+template <class S>
+constexpr int kRuns = kDtype<S> == Dtype::f64 ? 1 : 2;  // packs of input a thread has in flight
+
+// T: the target's type, or void where it may be any.
+template <class S, class T, int U>
+__device__ __forceinline__ void load_packed(const BinaryCrossEntropyArgs& a, const int64_t (&at)[U],
+                                            const bool (&wanted)[U], Elements<AccOf<S>, Pack<S>::kSize, U>& e) {
+  Pack<S> raw[U];
+#pragma unroll
+  for (int u = 0; u < U; u++) {
+    if (wanted[u]) raw[u] = load_run<S, Pack<S>::kSize>(static_cast<const S*>(a.input.data) + at[u]);
+  }
+  if constexpr (std::is_void_v<T>) {
+    visit_dtype(a.target.dtype, [&](auto type) { load_runs<decltype(type)>(a.target.data, at, wanted, e.y); });
+  } else {
+    load_aligned_runs<T>(a.target.data, at, wanted, e.y);
+  }
+#pragma unroll
+  for (int u = 0; u < U; u++) widen_run(raw[u], e.x[u]);
+}
+template <class A, int N>
+__device__ __forceinline__ Factors<A, N> packed_factors(const BinaryCrossEntropyArgs& a, const Layouts& layouts,
+                                                        int64_t i) {
+  Factors<A, N> f;
+  load_factors(a.weight, layouts.weight, i, f.w);
+  load_factors(a.pos_weight, layouts.pos_weight, i, f.p);
+  load_factors(a.grad_loss, layouts.grad_loss, i, f.g);
+  return f;
+}
+template <class A, int N>
+__device__ __forceinline__ Factors<A, N> no_factors() {
+  Factors<A, N> f;
+#pragma unroll
+  for (int k = 0; k < N; k++) f.w[0][k] = f.p[0][k] = f.g[0][k] = A(1);
+  return f;
+}
+template <class S>
+__device__ __forceinline__ void load_single(const BinaryCrossEntropyArgs& a, const Layouts& layouts, int64_t i,
+                                            Elements<AccOf<S>, 1, 1>& e, Factors<AccOf<S>, 1>& f) {
+  using A = AccOf<S>;
+  const auto factor = [&](const Operand& t, const Layout& layout) {
+    return layout.kind == Layout::absent ? A(1) : load_float<A>(t, offset_of(a.shape, t, i));
+  };
+  e.x[0][0] = load_one<S>(a.input, offset_of(a.shape, a.input, i));
+  e.y[0][0] = load_as<A>(a.target, offset_of(a.shape, a.target, i));
+  f.w[0][0] = factor(a.weight, layouts.weight);
+  f.p[0][0] = factor(a.pos_weight, layouts.pos_weight);
+  f.g[0][0] = factor(a.grad_loss, layouts.grad_loss);
+}
+
+// Every element of this thread, in packs where they are and one by one: f(elements, factors, index in memory order,
+// integral_constant N), N elements at a time.
+template <class S, class T, class F>
+__device__ __forceinline__ void for_elements(const BinaryCrossEntropyArgs& a, const Layouts& layouts, F&& f) {
+  using A = AccOf<S>;
+  constexpr bool kAny = std::is_void_v<T>;
+  constexpr int N = Pack<S>::kSize, U = kAny ? 1 : kRuns<S>;
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
+  const Cut<S> cut(layouts.packed, static_cast<const S*>(a.input.data), a.shape.count);
+  for (int64_t p = thread; p < cut.packs; p += U * threads) {
+    int64_t at[U];
+    bool wanted[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) at[u] = cut.head + (p + u * threads) * N, wanted[u] = p + u * threads < cut.packs;
+    Elements<A, N, U> e;
+    load_packed<S, T>(a, at, wanted, e);
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      if (!wanted[u]) break;
+      f(e.x[u], e.y[u], kAny ? packed_factors<A, N>(a, layouts, at[u]) : no_factors<A, N>(), at[u]);
+    }
   }
   for (int64_t s = thread; s < cut.single; s += threads) {
     const int64_t i = cut.at(s);
-    const auto e = load_single<S>(a, layouts, i);
-    const A loss = loss_of<Loss>(e.x[0], e.y[0], e.w[0], e.p[0]);
-    sum.a += loss;
-    if (losses) losses[i] = loss;
+    Elements<A, 1, 1> e;
+    Factors<A, 1> one;
+    load_single<S>(a, layouts, i, e, one);
+    f(e.x[0], e.y[0], one, i);
   }
+}
+
+template <class S>  // on a multiprocessor: 128, 80 or 64 registers a thread
+constexpr int kElementBlocks = kDtype<S> == Dtype::f64   ? 2
+                               : kDtype<S> == Dtype::f16 ? 3
+                                                         : 4;
+
+// The sum of a thread's losses goes on in double; a block leaves one partial sum.
+template <class S, class Loss, class T>
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
+    binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts,
+                   Sums* partial) {
+  using A = AccOf<S>;
+  A* const losses = static_cast<A*>(a.loss.data);
+  Sums sum;
+  for_elements<S, T>(a, layouts, [&](const auto& x, const auto& y, const auto& f, int64_t i) {
+    constexpr int N = sizeof(x) / sizeof(A);
+    Run<A, N> loss;
+    A together = A(0);
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      loss.v[k] = loss_of<Loss, S>(x[k], y[k], f.w[0][k], f.p[0][k]);
+      together += loss.v[k];
+    }
+    sum.a += together;
+    if (!losses) return;
+    if constexpr (N > 1) {  // packed: the losses lie in this order too
+      store_run(losses + i, loss);
+    } else {
+      losses[offset_of(a.shape, a.loss, i)] = loss.v[0];
+    }
+  });
   if (!partial) return;
   sum = merge_group(sum, blockDim.x);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -174,33 +235,25 @@ __global__ void __launch_bounds__(kElementThreads)
   *static_cast<A*>(a.reduced) = A(a.reduction == Reduction::mean ? s.a / double(a.shape.count) : s.a);
 }
 
-template <class S, class Loss>
-__global__ void __launch_bounds__(kElementThreads, kDtype<S> == Dtype::f64 ? 2 : 4)
+template <class S, class Loss, class T>
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
     binary_backward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts) {
   using A = AccOf<S>;
-  constexpr int N = Pack<S>::kSize;
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
-  const Cut<S> cut(layouts.packed, static_cast<const S*>(a.input.data), a.shape.count);
   A common = A(1);  // what every element's gradient is multiplied by
   if (a.reduction != Reduction::none) common = *static_cast<const A*>(a.grad_loss.data);
   if (a.reduction == Reduction::mean) common *= A(1) / A(a.shape.count);
-  for (int64_t p = thread; p < cut.packs; p += threads) {
-    const int64_t i = cut.head + p * N;
-    const auto e = load_packed<S>(a, layouts, i);
-    S* const out = static_cast<S*>(a.grad_input.data) + i;
-    Pack<S> grad;
+  for_elements<S, T>(a, layouts, [&](const auto& x, const auto& y, const auto& f, int64_t i) {
+    constexpr int N = sizeof(x) / sizeof(A);
+    const auto slope = [&](int k) { return slope_of<Loss, S>(x[k], y[k], f.w[0][k], f.p[0][k], f.g[0][k] * common); };
+    if constexpr (N > 1) {
+      Pack<S> grad;
 #pragma unroll
-    for (int k = 0; k < N; k++) {
-      grad.v[k] = narrow<S>(slope_of<Loss>(e.x[k], e.y[k], e.w[k], e.p[k], e.g[k] * common));
+      for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope(k));
+      store_pack(reinterpret_cast<uint4*>(static_cast<S*>(a.grad_input.data) + i), grad);
+    } else {
+      store_one<S>(a.grad_input, offset_of(a.shape, a.grad_input, i), slope(0));
     }
-    store_pack(reinterpret_cast<uint4*>(out), grad);
-  }
-  for (int64_t s = thread; s < cut.single; s += threads) {
-    const int64_t i = cut.at(s);
-    const auto e = load_single<S>(a, layouts, i);
-    store_one<S>(a.grad_input, offset_of(a.shape, a.grad_input, i),
-                 slope_of<Loss>(e.x[0], e.y[0], e.w[0], e.p[0], e.g[0] * common));
-  }
+  });
 }
 
 // ---- launching
@@ -210,22 +263,44 @@ struct BinaryCrossEntropyOf {
   using A = AccOf<S>;
   using Args = BinaryCrossEntropyArgs;
 
+  template <class T>
+  struct Type {
+    using type = T;
+  };
   template <class F>
-  static void visit_loss(const Args& a, F&& f) {
-    a.with_logits ? f(BinaryCrossEntropyWithLogits{}) : f(BinaryCrossEntropy{});
+  static void visit_kernel(const Args& a, const Layouts& l, F&& f) {  // f(loss, Type of target)
+    const auto address = [](const Operand& t) { return reinterpret_cast<uintptr_t>(t.data); };
+    const auto fits = [&](auto type, Dtype dtype) {  // loads begin where those of the input do
+      using T = typename decltype(type)::type;
+      constexpr int N = Pack<S>::kSize;
+      const int64_t head = (16 - address(a.input) % 16) % 16 / sizeof(S);
+      return a.target.dtype == dtype && (address(a.target) + head * sizeof(T)) % Run<T, N>::kAligned == 0;
+    };
+    const auto with = [&](auto loss) {
+      const bool plain = l.packed && l.weight.kind == Layout::absent && l.pos_weight.kind == Layout::absent &&
+                         l.grad_loss.kind == Layout::absent;
+      if (plain && fits(Type<S>(), kDtype<S>)) return f(loss, Type<S>());
+      if (plain && fits(Type<uint8_t>(), Dtype::u8)) return f(loss, Type<uint8_t>());
+      if constexpr (sizeof(S) == 2) {
+        if (plain && fits(Type<float>(), Dtype::f32)) return f(loss, Type<float>());
+      }
+      f(loss, Type<void>());
+    };
+    a.with_logits ? with(BinaryCrossEntropyWithLogits{}) : with(BinaryCrossEntropy{});
   }
 
-  static Layouts layouts(const Args& a) {
+  static Layouts layouts(const Args& a) {  // in memory order
     const auto of = [&](const Operand& t) { return layout_of(a.shape, t); };
-    const auto fits = [&](const Operand& t) { return of(t) != Layout::strided; };
+    const auto flat = [&](const Operand& t) { return !t.data || of(t).kind == Layout::flat; };
     // a reduced loss has one incoming gradient, which is not walked along
-    Layouts l{true, of(a.weight), of(a.pos_weight), a.reduction == Reduction::none ? of(a.grad_loss) : Layout::absent};
-    l.packed = a.input.dtype == kDtype<S> && of(a.input) == Layout::flat && of(a.target) == Layout::flat &&
-               fits(a.weight) && fits(a.pos_weight) && l.grad_loss != Layout::strided &&
-               reinterpret_cast<uintptr_t>(a.input.data) % sizeof(S) == 0;
+    const Layout none{Layout::absent, 1, 1};
+    Layouts l{true, of(a.weight), of(a.pos_weight), a.reduction == Reduction::none ? of(a.grad_loss) : none};
+    const auto address = [](const Operand& t) { return reinterpret_cast<uintptr_t>(t.data); };
+    l.packed = a.input.dtype == kDtype<S> && flat(a.input) && flat(a.target) && flat(a.loss) && flat(a.grad_input) &&
+               address(a.input) % sizeof(S) == 0;
+    for (const Layout& factor : {l.weight, l.pos_weight, l.grad_loss}) l.packed &= factor.kind != Layout::strided;
     if (a.grad_input.data) {
-      l.packed = l.packed && of(a.grad_input) == Layout::flat && a.grad_input.dtype == kDtype<S> &&
-                 (reinterpret_cast<uintptr_t>(a.input.data) - reinterpret_cast<uintptr_t>(a.grad_input.data)) % 16 == 0;
+      l.packed &= a.grad_input.dtype == kDtype<S> && (address(a.input) - address(a.grad_input)) % 16 == 0;
     }
     return l;
   }
@@ -233,22 +308,28 @@ struct BinaryCrossEntropyOf {
   static int64_t forward_scratch(const Args& a) {
     return a.reduction == Reduction::none ? 0 : blocks(a) * int64_t(sizeof(Sums));
   }
-  static int blocks(const Args& a) { return element_blocks(a.shape.count, Pack<S>::kSize); }
+  static int blocks(const Args& a) { return element_blocks(a.shape.count, Pack<S>::kSize * kRuns<S>); }
 
-  static void forward(const Args& a, const Device& d, void* scratch) {
+  static void forward(const Args& given, const Device& d, void* scratch) {
+    const Args a = in_memory_order(given);
+    const Layouts l = layouts(a);
     const auto stream = static_cast<cudaStream_t>(d.stream);
     auto* const partial = a.reduction == Reduction::none ? nullptr : static_cast<Sums*>(scratch);
-    visit_loss(a, [&](auto loss) {
-      launch(binary_forward<S, decltype(loss)>, dim3(blocks(a)), kElementThreads, stream, 1, a, layouts(a), partial);
+    visit_kernel(a, l, [&](auto loss, auto type) {
+      const auto kernel = binary_forward<S, decltype(loss), typename decltype(type)::type>;
+      launch(kernel, dim3(blocks(a)), kElementThreads, stream, 1, a, l, partial);
     });
     if (partial) launch(reduce_elements<A>, dim3(1), kElementThreads, stream, 1, a, partial, blocks(a));
   }
 
-  static void backward(const Args& a, const Device& d) {
-    if (a.shape.count == 0) return;
+  static void backward(const Args& given, const Device& d) {
+    if (given.shape.count == 0) return;
+    const Args a = in_memory_order(given);
+    const Layouts l = layouts(a);
     const auto stream = static_cast<cudaStream_t>(d.stream);
-    visit_loss(a, [&](auto loss) {
-      launch(binary_backward<S, decltype(loss)>, dim3(blocks(a)), kElementThreads, stream, 1, a, layouts(a));
+    visit_kernel(a, l, [&](auto loss, auto type) {
+      const auto kernel = binary_backward<S, decltype(loss), typename decltype(type)::type>;
+      launch(kernel, dim3(blocks(a)), kElementThreads, stream, 1, a, l);
     });
   }
 

@@ -11,53 +11,81 @@
 
 namespace cece::cuda {
 
-enum class Target { hard, smooth, soft };  // a label; a label with smoothing; probabilities
+// A label; a label with smoothing; probabilities of the logits' type; a label with smoothing and class weights;
+// probabilities of another type.
+enum class Target { hard, smooth, soft, weighted, mixed };
+template <Target K>
+constexpr bool kSoft = K == Target::soft || K == Target::mixed;
 
-// Blocks of kMaxThreads that shall fit a multiprocessor: what leaves a thread the registers it needs (80, 128, 255).
+// Blocks of kMaxThreads that shall fit a multiprocessor: what leaves a thread the registers it needs (64, 80, 128,
+// 255).
 template <class S, Target K>
-constexpr int kResident = kDtype<S> == Dtype::f64 ? 1
-                          : K == Target::soft     ? 2
-                                                  : kMinBlocks;
+constexpr int kResident = kDtype<S> == Dtype::f64                        ? 1
+                          : kSoft<K>                                     ? 2
+                          : K == Target::hard && kDtype<S> != Dtype::f16 ? 4
+                                                                         : kMinBlocks;
+
+template <class S, Target K>  // fewer than with rows, for the eight addresses
+constexpr int kPixelResident = kResident<S, K> < kMinBlocks ? kResident<S, K> : kMinBlocks;
 
 template <class A>
 struct RowArgs : CrossEntropyArgs {
-  A keep, spread;  // 1 - s and s / C: a division of doubles would cost a kernel more than a row
+  A keep, spread, smoothing;  // 1 - s, s / C and s: a division of doubles would cost a kernel more than a row
 
   RowArgs(const CrossEntropyArgs& a)
-      : CrossEntropyArgs(a), keep(A(1 - a.label_smoothing)), spread(A(a.label_smoothing / double(a.classes))) {}
+      : CrossEntropyArgs(a),
+        keep(A(1 - a.label_smoothing)),
+        spread(A(a.label_smoothing / double(a.classes))),
+        smoothing(A(a.label_smoothing)) {}
 };
 
 // ---- the target of a row
 
 constexpr int64_t kIgnored = -1, kImpossible = -2;
 
-// The class index of a row, or kIgnored, or kImpossible.
+// A row's label as it is loaded, in registers of 32 bits: nothing is computed of it, so nothing waits for it.
+struct RawLabel {
+  int32_t low = 0, high = 0;
+};
 template <Target K>
-__device__ __forceinline__ int64_t label(const CrossEntropyArgs& a, int64_t row) {
-  if (K == Target::soft) return kIgnored;
-  int64_t y;
+__device__ __forceinline__ RawLabel load_label(const CrossEntropyArgs& a, int64_t row) {
+  RawLabel l;
+  if (kSoft<K>) return l;
   switch (a.label_dtype) {
     case Dtype::u8:
-      y = static_cast<const uint8_t*>(a.labels)[row];
+      l.low = static_cast<const uint8_t*>(a.labels)[row];
       break;
     case Dtype::i8:
-      y = static_cast<const int8_t*>(a.labels)[row];
+      l.low = static_cast<const int8_t*>(a.labels)[row];
       break;
     case Dtype::i16:
-      y = static_cast<const int16_t*>(a.labels)[row];
+      l.low = static_cast<const int16_t*>(a.labels)[row];
       break;
     case Dtype::i32:
-      y = static_cast<const int32_t*>(a.labels)[row];
+      l.low = static_cast<const int32_t*>(a.labels)[row];
       break;
-    default:
-      y = static_cast<const int64_t*>(a.labels)[row];
+    default: {
+      const uint2 both = static_cast<const uint2*>(a.labels)[row];
+      l.low = int32_t(both.x), l.high = int32_t(both.y);
+    }
   }
+  return l;
+}
+// The class index of a row, or kIgnored, or kImpossible.
+template <Target K>
+__device__ __forceinline__ int64_t judge(const CrossEntropyArgs& a, RawLabel l) {
+  if (kSoft<K>) return kIgnored;
+  const int64_t y = a.label_dtype == Dtype::i64 ? int64_t(l.high) * (int64_t(1) << 32) + uint32_t(l.low) : l.low;
   return y == a.ignore_index ? kIgnored : y >= 0 && y < a.classes ? y : kImpossible;
+}
+template <Target K>
+__device__ __forceinline__ int64_t label(const CrossEntropyArgs& a, int64_t row) {
+  return judge<K>(a, load_label<K>(a, row));
 }
 // Whether a row has a loss: any with probabilities, else one with a possible label.
 template <Target K>
 __device__ __forceinline__ bool used(int64_t y) {
-  return K == Target::soft || y >= 0;
+  return kSoft<K> || y >= 0;
 }
 
 template <class A>
@@ -68,22 +96,11 @@ __device__ __forceinline__ A class_weight(const CrossEntropyArgs& a, int64_t c) 
 template <Target K, class A>
 __device__ __forceinline__ A mass_of(const RowArgs<A>& a, A t, int64_t c) {
   if (K == Target::hard) return A(0);
-  const A q = K == Target::soft ? smoothed(t, a.keep, a.spread) : a.spread;
-  return a.weight ? q * static_cast<const A*>(a.weight)[c] : q;
+  const A q = kSoft<K> ? smoothed(t, a.keep, a.spread) : a.spread;
+  return K != Target::smooth && a.weight ? q * static_cast<const A*>(a.weight)[c] : q;
 }
 
 // ---- forward: what a thread has seen of a row
-
-// e^x for x <= 0 in two instructions instead of expf's eight, for logits of 16 bits: of them a multiprocessor must take
-// 10 a clock to keep up with memory, which leaves 12 instructions each. float32, at half that rate, affords expf.
-// Relative error 2^-22 + |x| (2^-24 + 2^-26), of the instruction, the product and the constant; 0 below 2^-126.
-//   In a Tournament |x| is, under the sum's own weights, at most log C on average: below 4 ULP of the sum.
-//   In a gradient |x| < 88: 8e-6, and rounding to 16 bits is 5e-4 or more.
-struct BriefExp {
-  __device__ __forceinline__ float operator()(float x) const { return exp2_flushed(x * 1.44269504f); }
-};
-template <class S>
-using ExpOf = std::conditional_t<sizeof(S) == 2, BriefExp, Exp>;
 
 // A row, or a part of one, as it is merged.
 template <Target K, class A>
@@ -107,31 +124,80 @@ struct RowState<Target::hard, A> {
   __device__ __forceinline__ void merge(const RowState& o) { lse.merge(o.lse); }
 };
 
-// A row as one thread reads it. Up to a thousand terms of masses and gaps: a plain sum of equal ones would drift.
+// A row as one thread reads it, V groups of N classes at a time: logits x, -inf in a group that is not `inside`, masses
+// q. Up to a thousand terms of masses and gaps: a plain sum of equal ones would drift.
 template <class S, Target K>
 struct Reader {
   using A = AccOf<S>;
   Tournament<A> logits;
   LongSum<A> gaps, mass;
 
-  template <int N>
-  __device__ __forceinline__ void push(const A (&x)[N], const A (&q)[N]) {  // masses q, unused with a hard label
+  template <int V, int N>
+  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&q)[V][N], const bool (&)[V]) {
     const A before = logits.max;
-    logits.push(x, ExpOf<S>());
-    if (K == Target::hard) return;
+    logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
     gaps.add(times(mass.value(), gap(before, logits.max)));
     TargetGaps<A> these;
 #pragma unroll
-    for (int i = 0; i < N; i++) these.push(q[i], x[i], logits.max);
+    for (int v = 0; v < V; v++) {
+#pragma unroll
+      for (int k = 0; k < N; k++) these.push(q[v][k], x[v][k], logits.max);
+    }
     gaps.add(these.gaps);
     mass.add(these.mass);
   }
-  __device__ __forceinline__ RowState<K, A> state() const {
-    if constexpr (K == Target::hard) {
-      return {logits.log_sum_exp()};
-    } else {
-      return {logits.log_sum_exp(), {gaps.value(), mass.value()}};
+  __device__ __forceinline__ RowState<K, A> state(const RowArgs<A>&) const {
+    return {logits.log_sum_exp(), {gaps.value(), mass.value()}};
+  }
+};
+template <class S>
+struct Reader<S, Target::hard> {
+  using A = AccOf<S>;
+  Tournament<A> logits;
+
+  template <int V, int N>
+  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&)[V][N], const bool (&)[V]) {
+    logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
+  }
+  __device__ __forceinline__ RowState<Target::hard, A> state(const RowArgs<A>&) const { return {logits.log_sum_exp()}; }
+};
+// All masses are equal: gaps are summed without them, two instructions each, where that sum is finite.
+template <class S>
+struct Reader<S, Target::smooth> {
+  using A = AccOf<S>;
+  Tournament<A> logits;
+  LongSum<A> gaps;
+  A count = A(0);
+
+  template <int V, int N>
+  __device__ __forceinline__ void push(const RowArgs<A>& a, const A (&x)[V][N], const A (&)[V][N],
+                                       const bool (&inside)[V]) {
+    const A before = logits.max;
+    logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
+    A these = a.spread * sum(x, inside, [&](A x) { return logits.max - x; });
+    if (!(these < std::numeric_limits<A>::infinity())) {  // an infinity, too large a sum, or a maximum's own inf - inf
+      these = sum(x, inside, [&](A x) { return times(a.spread, gap(x, logits.max)); });
     }
+    gaps.add(these + times(count * a.spread, gap(before, logits.max)));
+#pragma unroll
+    for (int v = 0; v < V; v++) count += inside[v] ? A(N) : A(0);
+  }
+  __device__ __forceinline__ RowState<Target::smooth, A> state(const RowArgs<A>& a) const {
+    return {logits.log_sum_exp(), {gaps.value(), count * a.spread}};
+  }
+
+ private:
+  template <int V, int N, class F>
+  static __device__ __forceinline__ A sum(const A (&x)[V][N], const bool (&inside)[V], F gap_of) {
+    A all = A(0);
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      A group = A(0);
+#pragma unroll
+      for (int k = 0; k < N; k++) group += gap_of(x[v][k]);
+      all += inside[v] ? group : A(0);
+    }
+    return all;
   }
 };
 
@@ -140,57 +206,81 @@ __device__ __forceinline__ A minus_infinity() {  // the logit that changes nothi
   return -std::numeric_limits<A>::infinity();
 }
 
-// Classes begin ... end - 1 of a row as the `lane`-th of `lanes` threads reads them.
-template <class S, Target K>
+// The probabilities of U runs of classes beside their logits, of whatever type they are.
+template <class S, Target K, int U, int N>
+__device__ __forceinline__ void load_probabilities(const RowArgs<AccOf<S>>& a, const int64_t (&at)[U],
+                                                   const bool (&wanted)[U], AccOf<S> (&out)[U][N]) {
+  if constexpr (K == Target::soft && kDtype<S> != Dtype::f64) {
+    load_aligned_runs<S>(a.probabilities.data, at, wanted, out);
+  } else if constexpr (kSoft<K>) {
+    visit_float<AccOf<S>>(a.probabilities.dtype,
+                          [&](auto type) { load_aligned_runs<decltype(type)>(a.probabilities.data, at, wanted, out); });
+  }
+}
+// Whether runs of N of them can be loaded from element `at` on.
+template <class S, int N>
+__device__ __forceinline__ bool probabilities_in_runs(const CrossEntropyArgs& a, int64_t at) {
+  const int size = a.probabilities.dtype == Dtype::f64 ? 8 : a.probabilities.dtype == Dtype::f32 ? 4 : 2;
+  return a.probabilities.class_stride == 1 &&
+         aligned(static_cast<const char*>(a.probabilities.data) + at * size, size * N < 16 ? size * N : 16);
+}
+
+// Classes begin ... end - 1 of a row as the `lane`-th of `lanes` threads reads them. started(row at begin) is called
+// once, behind the first loads: what it waits for has been under way with them. It says whether to go on.
+template <class S, Target K, class F>
 __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccOf<S>>& a, int64_t row, int64_t begin,
-                                                              int64_t end, int lane, int lanes) {
+                                                              int64_t end, int lane, int lanes, F&& started) {
   using A = AccOf<S>;
-  constexpr int N = Pack<S>::kSize, U = K == Target::hard ? kPacks : kPacks / 2;
+  constexpr bool kPlain = K == Target::hard || K == Target::smooth;  // nothing to load beside the logits
+  constexpr int N = Pack<S>::kSize, U = kPlain ? kPacks : kPacks / 2;
   constexpr int kAtOnce = K == Target::hard ? 16 : 8, kTogether = N * U < kAtOnce ? U : kAtOnce / N;  // packs a push
   Reader<S, K> reader;
   const int64_t at_x = offset_of(a.rows, a.logits, row) + begin * a.logits.class_stride;
-  const int64_t at_t =
-      K == Target::soft ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
+  const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
   const S* const x = static_cast<const S*>(a.logits.data) + at_x;
-  const S* const t = static_cast<const S*>(a.probabilities.data) + at_t;
-  const Cut<S> cut(packs_with<S>(x, a.logits, at_x) && (K != Target::soft || packs_with<S>(x, a.probabilities, at_t)),
-                   x, end - begin);
+  Cut<S> cut(packs_with<S>(x, a.logits, at_x), x, end - begin);
+  if (kSoft<K> && !probabilities_in_runs<S, N>(a, at_t + cut.head)) cut = Cut<S>(false, x, end - begin);
 
   const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head);
-  const uint4* const packs_t = reinterpret_cast<const uint4*>(t + cut.head);
   for (int64_t p = lane; p < cut.packs; p += U * lanes) {
-    Pack<S> raw[U], raw_t[U];
+    Pack<S> raw[U];
+    int64_t at[U];
+    bool inside[U];
 #pragma unroll
     for (int u = 0; u < U; u++) {  // all loads before the first use
       const int64_t i = p + u * lanes;
-      raw[u] = i < cut.packs ? load_pack<S>(packs + i) : nothing<S>();
-      if (K == Target::soft && i < cut.packs) raw_t[u] = load_pack<S>(packs_t + i);
+      inside[u] = i < cut.packs, at[u] = at_t + cut.head + i * N;
+      raw[u] = inside[u] ? load_pack<S>(packs + i) : nothing<S>();
     }
+    A mass[U][N];
+    load_probabilities<S, K>(a, at, inside, mass);
+    if (p == lane && !started(at_x)) return RowState<K, A>();
 #pragma unroll
     for (int u = 0; u < U; u += kTogether) {
-      A logit[kTogether][N], mass[kTogether][N];
+      A logit[kTogether][N], q[kTogether][N];
+      bool in[kTogether];
 #pragma unroll
       for (int v = 0; v < kTogether; v++) {
-        const int64_t i = p + (u + v) * lanes;
-        widen_pack(raw[u + v], logit[v]);
-        if (K == Target::soft) widen_pack(raw_t[u + v], mass[v]);
+        in[v] = inside[u + v];
+        widen_run(raw[u + v], logit[v]);
 #pragma unroll
-        for (int k = 0; K != Target::hard && k < N; k++) {
-          mass[v][k] = i < cut.packs ? mass_of<K>(a, mass[v][k], begin + cut.head + i * N + k) : A(0);
+        for (int k = 0; !kPlain && k < N; k++) {
+          const int64_t c = begin + cut.head + (p + (u + v) * lanes) * N + k;
+          q[v][k] = in[v] ? mass_of<K>(a, mass[u + v][k], c) : A(0);
         }
       }
-      reader.push(reinterpret_cast<const A(&)[kTogether * N]>(logit),
-                  reinterpret_cast<const A(&)[kTogether * N]>(mass));
+      reader.push(a, logit, q, in);
     }
   }
+  if (lane >= cut.packs && !started(at_x)) return RowState<K, A>();
   for (int64_t s = lane; s < cut.single; s += lanes) {
     const int64_t i = cut.at(s);
-    const A logit[1] = {load_one<S>(a.logits, at_x + i * a.logits.class_stride)};
-    const A p = K == Target::soft ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
-    const A mass[1] = {mass_of<K>(a, p, begin + i)};
-    reader.push(logit, mass);
+    const A logit[1][1] = {{load_one<S>(a.logits, at_x + i * a.logits.class_stride)}};
+    const A p = kSoft<K> ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
+    const A mass[1][1] = {{mass_of<K>(a, p, begin + i)}};
+    reader.push(a, logit, mass, {true});
   }
-  return reader.state();
+  return reader.state(a);
 }
 
 template <class A>
@@ -202,23 +292,34 @@ __device__ __forceinline__ void write_row(const CrossEntropyArgs& a, int64_t row
   static_cast<A*>(a.loss)[row] = loss;
 }
 
+// A row's label and the logit there, which is asked for long before it is needed.
+template <class A>
+struct Labelled {
+  int64_t y = kIgnored;
+  A x_y = A(0);
+};
+template <class S, Target K>  // from: where class `begin` of the row is
+__device__ __forceinline__ Labelled<AccOf<S>> labelled(const CrossEntropyArgs& a, RawLabel raw, int64_t from,
+                                                       int64_t begin) {
+  Labelled<AccOf<S>> l{judge<K>(a, raw)};
+  if (l.y >= 0) l.x_y = load_one<S>(a.logits, from + (l.y - begin) * a.logits.class_stride);
+  return l;
+}
+
 // Statistics and loss of a row; 0 without a label, NaN with an impossible one.
 template <class S, Target K>
-__device__ __forceinline__ void finish(const RowArgs<AccOf<S>>& a, int64_t row, int64_t y,
+__device__ __forceinline__ void finish(const RowArgs<AccOf<S>>& a, int64_t row, const Labelled<AccOf<S>>& l,
                                        const RowState<K, AccOf<S>>& s) {
   using A = AccOf<S>;
-  if (!used<K>(y)) {
-    const A v = y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0);
+  if (!used<K>(l.y)) {
+    const A v = l.y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0);
     return write_row(a, row, v, v, v, v);
   }
-  A kept = A(0), x_y = A(0);
-  if (K != Target::soft) {
-    kept = a.keep * class_weight<A>(a, y);
-    x_y = load_one<S>(a.logits, offset_of(a.rows, a.logits, row) + y * a.logits.class_stride);
-  }
+  const A kept = kSoft<K> ? A(0) : K == Target::smooth ? a.keep : a.keep * class_weight<A>(a, l.y);
   const A log_sum = s.lse.log_sum();
-  const TargetGaps<A> target = s.target;
-  write_row(a, row, s.lse.max, log_sum, kept + target.mass, row_loss(kept, x_y, target, s.lse.max, log_sum));
+  TargetGaps<A> target = s.target;
+  if (K == Target::smooth) target.mass = a.smoothing;
+  write_row(a, row, s.lse.max, log_sum, kept + target.mass, row_loss(kept, l.x_y, target, s.lse.max, log_sum));
 }
 
 // How rows are spread over threads, all powers of two but `part`: `lanes` = 1 << shift threads a row; blockIdx.y takes
@@ -231,7 +332,7 @@ struct Spread {
   __device__ int64_t row() const { return int64_t(blockIdx.x) * (blockDim.x >> shift) + (threadIdx.x >> shift); }
   __device__ int64_t begin() const { return blockIdx.y * part; }
   __device__ int64_t end(int64_t classes) const { return begin() + part < classes ? begin() + part : classes; }
-  // Rows of many threads are not read where they have no loss. Short ones are, rather than wait for the label.
+  // Rows of many threads are not read on where they have no loss. Short ones are, rather than wait for the label.
   __device__ bool reads(bool has_loss) const { return lanes <= 32 || has_loss; }
 };
 
@@ -242,16 +343,24 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
   const int lane = spread.lane();
   const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
   const bool exists = row < a.rows.count;
-  const int64_t y = exists ? label<K>(a, row) : kIgnored;
+  RawLabel raw;
+  if (exists) raw = load_label<K>(a, row);
+  Labelled<AccOf<S>> l;
   RowState<K, AccOf<S>> s;
-  if (exists && spread.reads(used<K>(y))) s = read_classes<S, K>(a, row, begin, end, lane, spread.lanes);
+  if (exists) {
+    s = read_classes<S, K>(a, row, begin, end, lane, spread.lanes, [&](int64_t at) {
+      use_from_here(raw.low), use_from_here(raw.high);
+      l = labelled<S, K>(a, raw, at, begin);
+      return spread.reads(used<K>(l.y));
+    });
+  }
   s = merge_group(s, spread.lanes);
   if (!states && gridDim.y > 1) s = merge_cluster(s);
   if (!exists || lane != 0 || (!states && blockIdx.y > 0)) return;
   if (states) {
     states[row * gridDim.y + blockIdx.y] = s;
   } else {
-    finish<S, K>(a, row, y, s);
+    finish<S, K>(a, row, l, s);
   }
 }
 
@@ -265,21 +374,25 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
   RowState<K, AccOf<S>> s;
   for (int i = lane; i < parts; i += 32) s.merge(states[row * parts + i]);
   s = merge_lanes(s, 32);
-  if (lane == 0) finish<S, K>(a, row, label<K>(a, row), s);
+  if (lane != 0) return;
+  finish<S, K>(a, row, labelled<S, K>(a, load_label<K>(a, row), offset_of(a.rows, a.logits, row), 0), s);
 }
 
 // ---- backward
 
 template <class A>
 struct RowGrad {
-  A max, log_sum, mass, g;  // g: the incoming gradient of this row's loss
+  A max, log_sum, mass, g;  // g: the incoming gradient of this row's loss, yet to be divided by `total`
+  A total;
+
+  __device__ __forceinline__ void divide() { g = divided(g, total); }
 };
 template <class A>
-__device__ __forceinline__ RowGrad<A> row_grad(const CrossEntropyArgs& a, int64_t row) {
+__device__ __forceinline__ RowGrad<A> load_row_grad(const CrossEntropyArgs& a, int64_t row) {
   const A* const stats = static_cast<const A*>(a.stats) + row;
-  A g = static_cast<const A*>(a.grad_loss)[row * a.grad_stride];
-  if (a.reduction == Reduction::mean) g /= *static_cast<const A*>(a.total_weight);
-  return {stats[0], stats[a.rows.count], stats[2 * a.rows.count], g};
+  return {stats[0], stats[a.rows.count], stats[2 * a.rows.count],
+          static_cast<const A*>(a.grad_loss)[row * a.grad_stride],
+          a.reduction == Reduction::mean ? *static_cast<const A*>(a.total_weight) : A(1)};
 }
 
 // The gradient at class c of a row with label y: x its logit, t its probability (unused with a label).
@@ -307,66 +420,70 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
   const int lane = spread.lane(), lanes = spread.lanes;
   const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
   if (row >= a.rows.count) return;
-  const int64_t y = label<K>(a, row);
-  const bool has_loss = used<K>(y);
-  const RowGrad<A> r = row_grad<A>(a, row);
   const int64_t at_x = offset_of(a.rows, a.logits, row) + begin * a.logits.class_stride;
   const int64_t at_out = offset_of(a.rows, a.grad_logits, row) + begin * a.grad_logits.class_stride;
-  const int64_t at_t =
-      K == Target::soft ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
+  const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
   const S* const x = static_cast<const S*>(a.logits.data) + at_x;
-  const S* const t = static_cast<const S*>(a.probabilities.data) + at_t;
   S* const out = static_cast<S*>(a.grad_logits.data) + at_out;
-  const Cut<S> cut(packs_with<S>(x, a.logits, at_x) && packs_with<S>(x, a.grad_logits, at_out) &&
-                       (K != Target::soft || packs_with<S>(x, a.probabilities, at_t)),
-                   x, end - begin);
+  Cut<S> cut(packs_with<S>(x, a.logits, at_x) && a.grad_logits.class_stride == 1 && a.grad_logits.dtype == kDtype<S>, x,
+             end - begin);
+  if (kSoft<K> && !probabilities_in_runs<S, N>(a, at_t + cut.head)) cut = Cut<S>(false, x, end - begin);
 
   const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head);
-  const uint4* const packs_t = reinterpret_cast<const uint4*>(t + cut.head);
-  uint4* const packs_out = reinterpret_cast<uint4*>(out + cut.head);
+  RawLabel raw_y = load_label<K>(a, row);
+  RowGrad<A> r = load_row_grad<A>(a, row);
+  int64_t y = kIgnored;
+  bool has_loss = true;  // until the label is looked at, behind the first loads
+  const auto started = [&] {
+    use_from_here(raw_y.low), use_from_here(raw_y.high), use_from_here(r.total);
+    y = judge<K>(a, raw_y), has_loss = used<K>(y), r.divide();
+  };
   bool label_here = false;  // whether this thread has met the label, and its logit
   A x_y = A(0);
   for (int64_t p = lane; p < cut.packs; p += U * lanes) {
-    Pack<S> raw[U], raw_t[U];
+    Pack<S> raw[U];
+    int64_t at[U];
+    bool reads[U];
 #pragma unroll
     for (int u = 0; u < U; u++) {
       const int64_t i = p + u * lanes;
-      if (i < cut.packs && spread.reads(has_loss)) {
-        raw[u] = load_pack<S>(packs + i);
-        if (K == Target::soft) raw_t[u] = load_pack<S>(packs_t + i);
-      }
+      reads[u] = i < cut.packs && spread.reads(has_loss), at[u] = at_t + cut.head + i * N;
+      if (reads[u]) raw[u] = load_pack<S>(packs + i);
     }
+    A p_k[U][N];
+    load_probabilities<S, K>(a, at, reads, p_k);
+    if (p == lane) started();
 #pragma unroll
     for (int u = 0; u < U; u++) {
       const int64_t i = p + u * lanes, c = begin + cut.head + i * N;
       if (i >= cut.packs) break;
       Pack<S> grad;
-      A logit[N], p_k[N];
-      widen_pack(raw[u], logit);
-      if (K == Target::soft) widen_pack(raw_t[u], p_k);
+      A logit[N];
+      widen_run(raw[u], logit);
       if (has_loss) {
 #pragma unroll
-        for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, logit[k], p_k[k], c + k));
+        for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, logit[k], p_k[u][k], c + k));
       } else {
 #pragma unroll
         for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(unused_slope<A>(y));
       }
-      if (K != Target::soft && y >= c && y < c + N) {
+      if (!kSoft<K> && y >= c && y < c + N) {
         label_here = true;
 #pragma unroll
         for (int k = 0; k < N; k++) x_y = y == c + k ? logit[k] : x_y;
       }
-      store_pack(packs_out + i, grad);
+      store_run(out + cut.head + i * N, grad);
     }
   }
+  if (lane >= cut.packs) started();
   for (int64_t s = lane; s < cut.single; s += lanes) {
     const int64_t i = cut.at(s), c = begin + i;
     A v = unused_slope<A>(y);
     if (has_loss) {
       const A x_i = load_one<S>(a.logits, at_x + i * a.logits.class_stride);
-      const A p = K == Target::soft ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
+      const A p = kSoft<K> ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
       v = slope<S, K>(a, r, x_i, p, c);
-      if (K != Target::soft && c == y) label_here = true, x_y = x_i;
+      if (!kSoft<K> && c == y) label_here = true, x_y = x_i;
     }
     store_one<S>(a.grad_logits, at_out + i * a.grad_logits.class_stride, v);
   }
@@ -377,39 +494,62 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
 
 // ---- rows side by side: a pixel a thread, or `slices` threads that take its classes in turn
 
+// Logits and probabilities of kUnroll classes of a pixel, all loads before the first use: behind the last class one
+// before it is loaded again, since a load with a condition would be waited for.
 template <class S, Target K>
-__global__ void __launch_bounds__(kPixelThreads, kResident<S, K> == 1 ? 1 : 2)
+__device__ __forceinline__ void load_pixels(const RowArgs<AccOf<S>>& a, int64_t at_x, int64_t at_t, int64_t first,
+                                            int slices, int64_t end, AccOf<S> (&x)[kUnroll][1],
+                                            AccOf<S> (&t)[kUnroll][1], bool (&inside)[kUnroll]) {
+  int64_t at[kUnroll];
+  bool always[kUnroll];
+  const auto place = [&](int64_t from, int64_t stride) {  // a tree: no address waits for all before it
+    at[0] = from + first * stride;
+#pragma unroll
+    for (int u = 1; u < kUnroll; u++) at[u] = at[u & (u - 1)] + (inside[u] ? (u & -u) * (slices * stride) : 0);
+  };
+  const int left = end - first < kUnroll * slices ? int(end - first) : kUnroll * slices;
+#pragma unroll
+  for (int u = 0; u < kUnroll; u++) inside[u] = u * slices < left, always[u] = true;
+  place(at_x, a.logits.class_stride);
+  if constexpr (kDtype<S> != Dtype::f64) {
+    load_aligned_runs<S>(a.logits.data, at, always, x);
+  } else {  // double sums of any logits
+    visit_float(a.logits.dtype, [&](auto type) { load_aligned_runs<decltype(type)>(a.logits.data, at, always, x); });
+  }
+  place(at_t, a.probabilities.class_stride);
+  load_probabilities<S, K>(a, at, always, t);
+}
+
+template <class S, Target K>
+__global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
     forward_pixels(const __grid_constant__ RowArgs<AccOf<S>> a, int slices) {
   using A = AccOf<S>;
   using State = RowState<K, A>;
   const int pixels = blockDim.x / slices, slice = threadIdx.x / pixels;
   const int64_t row = int64_t(blockIdx.x) * pixels + threadIdx.x % pixels;
   const bool exists = row < a.rows.count;
-  const int64_t y = exists ? label<K>(a, row) : kIgnored, step = int64_t(slices) * kUnroll;
+  const int64_t step = int64_t(slices) * kUnroll;
+  Labelled<A> l;
   State all;
-  if (exists && used<K>(y)) {
+  if (exists) l = labelled<S, K>(a, load_label<K>(a, row), offset_of(a.rows, a.logits, row), 0);
+  if (exists && used<K>(l.y)) {
     const int64_t at_x = offset_of(a.rows, a.logits, row);
-    const int64_t at_t = K == Target::soft ? offset_of(a.rows, a.probabilities, row) : 0;
+    const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) : 0;
     for (int64_t group = 0; group < a.classes; group += step * (kGroup / kUnroll)) {
       const int64_t end = group + step * (kGroup / kUnroll) < a.classes ? group + step * (kGroup / kUnroll) : a.classes;
       Reader<S, K> reader;
       for (int64_t first = group + slice; first < end; first += step) {
-        A x[kUnroll], q[kUnroll];
+        A x[kUnroll][1], q[kUnroll][1];
+        bool inside[kUnroll];
+        load_pixels<S, K>(a, at_x, at_t, first, slices, end, x, q, inside);
 #pragma unroll
         for (int u = 0; u < kUnroll; u++) {
-          const int64_t c = first + u * slices;
-          const bool inside = c < end;
-          x[u] = inside ? load_one<S>(a.logits, at_x + c * a.logits.class_stride) : minus_infinity<A>();
-          if (K != Target::hard) {
-            const A t = K == Target::soft && inside
-                            ? load_float<A>(a.probabilities, at_t + c * a.probabilities.class_stride)
-                            : A(0);
-            q[u] = inside ? mass_of<K>(a, t, c) : A(0);
-          }
+          x[u][0] = inside[u] ? x[u][0] : minus_infinity<A>();
+          q[u][0] = inside[u] ? mass_of<K>(a, q[u][0], first + u * slices) : A(0);
         }
-        reader.push(x, q);
+        reader.push(a, x, q, inside);
       }
-      all.merge(reader.state());
+      all.merge(reader.state(a));
     }
   }
   if (slices > 1) {
@@ -418,38 +558,33 @@ __global__ void __launch_bounds__(kPixelThreads, kResident<S, K> == 1 ? 1 : 2)
     __syncthreads();
     for (int i = 1; slice == 0 && i < slices; i++) all.merge(of_thread[threadIdx.x + i * pixels].get());
   }
-  if (exists && slice == 0) finish<S, K>(a, row, y, all);
+  if (exists && slice == 0) finish<S, K>(a, row, l, all);
 }
 
 template <class S, Target K>
-__global__ void __launch_bounds__(kPixelThreads, kResident<S, K> == 1 ? 1 : 2)
+__global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
     backward_pixels(const __grid_constant__ RowArgs<AccOf<S>> a, int slices) {
   using A = AccOf<S>;
   const int pixels = blockDim.x / slices, slice = threadIdx.x / pixels;
   const int64_t row = int64_t(blockIdx.x) * pixels + threadIdx.x % pixels;
   if (row >= a.rows.count) return;
   const int64_t y = label<K>(a, row);
-  const RowGrad<A> r = row_grad<A>(a, row);
+  RowGrad<A> r = load_row_grad<A>(a, row);
+  r.divide();
   const int64_t at_x = offset_of(a.rows, a.logits, row), at_out = offset_of(a.rows, a.grad_logits, row);
-  const int64_t at_t = K == Target::soft ? offset_of(a.rows, a.probabilities, row) : 0;
+  const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) : 0;
   bool label_here = false;
   A x_y = A(0);
   for (int64_t first = slice; first < a.classes; first += int64_t(slices) * kUnroll) {
-    A x[kUnroll], t[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const int64_t c = first + u * slices;
-      const bool wanted = c < a.classes && used<K>(y);
-      x[u] = wanted ? load_one<S>(a.logits, at_x + c * a.logits.class_stride) : A(0);
-      t[u] =
-          K == Target::soft && wanted ? load_float<A>(a.probabilities, at_t + c * a.probabilities.class_stride) : A(0);
-    }
+    A x[kUnroll][1], t[kUnroll][1];
+    bool inside[kUnroll];
+    if (used<K>(y)) load_pixels<S, K>(a, at_x, at_t, first, slices, a.classes, x, t, inside);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
       const int64_t c = first + u * slices;
       if (c >= a.classes) break;
-      const A v = used<K>(y) ? slope<S, K>(a, r, x[u], t[u], c) : unused_slope<A>(y);
-      if (K != Target::soft && c == y) label_here = true, x_y = x[u];
+      const A v = used<K>(y) ? slope<S, K>(a, r, x[u][0], t[u][0], c) : unused_slope<A>(y);
+      if (!kSoft<K> && c == y) label_here = true, x_y = x[u][0];
       store_one<S>(a.grad_logits, at_out + c * a.grad_logits.class_stride, v);
     }
   }
@@ -509,7 +644,13 @@ struct CrossEntropy {
 
   template <class F>
   static void visit_target(const Args& a, F&& f) {  // f(integral_constant<Target, K>)
+    if constexpr (kDtype<S> != Dtype::f64) {        // whose sums take any type of logits too
+      if (a.probabilities.data && a.probabilities.dtype != kDtype<S>) {
+        return f(std::integral_constant<Target, Target::mixed>{});
+      }
+    }
     if (a.probabilities.data) return f(std::integral_constant<Target, Target::soft>{});
+    if (a.label_smoothing > 0 && a.weight) return f(std::integral_constant<Target, Target::weighted>{});
     if (a.label_smoothing > 0) return f(std::integral_constant<Target, Target::smooth>{});
     return f(std::integral_constant<Target, Target::hard>{});
   }

@@ -4,10 +4,6 @@
 #include "runtime.cuh"
 #include "tune.h"
 
-#ifndef CECE_EMULATE
-#include <cooperative_groups.h>
-#endif
-
 namespace cece::cuda {
 
 // Shared memory may not have constructors, a State does.
@@ -53,20 +49,17 @@ __device__ __forceinline__ State merge_group(State s, int lanes) {
 }
 
 // The same over the blocks of a cluster along y, whose first thread each has its block's state: the first of all has
-// the result. It is read through distributed shared memory, without the second kernel that other GPUs need. The
-// emulator has no clusters: there, and before sm_90, parts always go through finish_rows.
+// the result. It is read through distributed shared memory, without the second kernel that other GPUs need.
 template <class State>
 __device__ __forceinline__ State merge_cluster(State s) {
-#if !defined(CECE_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const auto cluster = cooperative_groups::this_cluster();
+  if (!clusters_compiled()) return s;
   CECE_SHARED(Slot<State>, of_block, 1);
   if (threadIdx.x == 0) of_block[0].put(s);
-  cluster.sync();
+  cluster_sync();
   if (blockIdx.y == 0 && threadIdx.x == 0) {
-    for (int i = 1; i < int(gridDim.y); i++) s.merge(cluster.map_shared_rank(of_block, i)->get());
+    for (int i = 1; i < int(gridDim.y); i++) s.merge(of_block_of_cluster(of_block, i)->get());
   }
-  cluster.sync();  // no block leaves while its shared memory is read
-#endif
+  cluster_sync();  // no block leaves while its shared memory is read
   return s;
 }
 

@@ -35,6 +35,13 @@ FLAGS = [
     f"-I{HERE}",
     f"-I{ROOT}/csrc",
 ]
+# CECE_EMULATOR_MODE: what a GPU's arithmetic may do that this machine's does not. `perturbed`: exp, log and their like
+# off by as many units of the last place as CUDA allows them; `fma`: products and sums rounded once.
+MODES = {"": [], "perturbed": ["-DCECE_PERTURBED"], "fma": ["-ffp-contract=fast", "-mfma"]}
+
+
+def mode():
+    return MODES[os.environ.get("CECE_EMULATOR_MODE", "")]
 
 
 def compiler():
@@ -60,7 +67,9 @@ def compile_all(jobs):
 def _fingerprint():
     """Of everything that goes into the library: an unchanged tree is not compiled again."""
     files = [p for p in [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").iterdir(), *HERE.iterdir()] if p.is_file()]
-    digest = hashlib.sha256(f"{torch.__version__} {torch._C._GLIBCXX_USE_CXX11_ABI} {compiler()} {FLAGS}".encode())
+    digest = hashlib.sha256(
+        f"{torch.__version__} {torch._C._GLIBCXX_USE_CXX11_ABI} {compiler()} {FLAGS} {mode()}".encode()
+    )
     for file in sorted(files):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -76,7 +85,7 @@ def _build(library):
     sources = [*kernel_sources(), ROOT / "csrc/cuda/ops.cpp", HERE / "library.cpp"]
     objects = [folder / f"{source.stem}.{source.suffix[1:]}.o" for source in sources]
     compile_all(
-        [*compiler(), *FLAGS, abi, *includes, "-x", "c++", "-c", source, "-o", out]
+        [*compiler(), *FLAGS, *mode(), abi, *includes, "-x", "c++", "-c", source, "-o", out]
         for source, out in zip(sources, objects, strict=True)
     )
     torch_lib = Path(torch.__file__).parent / "lib"

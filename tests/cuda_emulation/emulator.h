@@ -3,10 +3,11 @@
 // Every CUDA thread is a fiber with a stack of its own; the blocks of a grid run one after another. Within a block the
 // fibers run in a random order that a seed decides, each until it waits at a barrier or a warp operation, so a missing
 // __syncthreads shows as reading too early. Shared memory starts as 0xFF (NaN), has red zones between its arrays, and
-// is new for every block. With -fsanitize=address an overrun of it is found; with -fsanitize=thread every CUDA thread
-// is a thread to the sanitizer, barriers are its only order, and a race between two threads of a block is found.
+// is new for every block and poisoned when the block leaves. The blocks of a cluster run together, and read each
+// other's shared memory. With -fsanitize=address an overrun of it is found; with -fsanitize=thread every CUDA thread is
+// a thread to the sanitizer, barriers are its only order, and a race between two threads of a block is found.
 //
-// Not seen: races between blocks, which run one after another. Not emulated: clusters, cp.async and TMA, inline PTX,
+// Not seen: races between blocks, which run one after another. Not emulated: cp.async and TMA, inline PTX,
 // weak memory order (fences do nothing), and the last bits of the GPU's own exp and log, so tests have tolerances.
 // __shared__ and __activemask are left undefined on purpose.
 //
@@ -67,6 +68,9 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 struct uint3 {
   unsigned x, y, z;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -116,6 +120,7 @@ struct Config {
   uint64_t seed = 1;
   int card_major = 8;        // the compute capability that the card says it has, without clusters
   int compiled_for = 80;     // and the one that its code was compiled for
+  int64_t clusters = 0;      // that have run
   size_t stack = 128 << 10;  // bytes a fiber
   size_t shared = 48 << 10;  // bytes a block, what every GPU grants without asking
 };
@@ -197,7 +202,7 @@ inline void switch_to(Context& from, Context& to, bool for_good) {
 
 // ---- threads and blocks
 
-enum class State { ready, at_barrier, in_warp, done };
+enum class State { ready, at_barrier, at_cluster_barrier, in_warp, done };
 
 struct Block;
 struct Thread {
@@ -219,6 +224,7 @@ struct Meeting {
 struct SharedArray {
   const void* key;
   char* data;
+  size_t size;
 };
 
 struct Block {
@@ -230,11 +236,14 @@ struct Block {
   uint3 index{};
   dim3 size, grid;
   unsigned alive = 0, waiting = 0;
+  std::vector<Block*> cluster;       // itself and those it runs together with, by rank
+  unsigned waiting_for_cluster = 0;  // of its threads
   const char* file = "";
   int line = 0;  // of the barrier where threads wait
   char *memory = nullptr, *stacks = nullptr;
   size_t used = 0, stack_bytes = 0;
-  alignas(8) char barrier = 0;  // addresses for happens_before: TSan knows eight bytes as one
+  alignas(8) char barrier = 0;          // addresses for happens_before: TSan knows eight bytes as one
+  alignas(8) char cluster_barrier = 0;  // the first block's is all blocks'
   alignas(8) char end = 0;
   std::string error;
   void (*run)(void*) = nullptr;
@@ -299,6 +308,46 @@ inline void barrier(const char* file, int line) {
   happens_after(&b.barrier);
 }
 
+// A barrier of all threads of a cluster that have not left.
+inline void try_cluster_barrier(Block& b) {
+  unsigned alive = 0, waiting = 0;
+  for (const Block* other : b.cluster) alive += other->alive, waiting += other->waiting_for_cluster;
+  if (waiting < alive) return;
+  for (Block* other : b.cluster) {
+    for (Thread& t : other->threads) {
+      if (t.state == State::at_cluster_barrier) t.state = State::ready;
+    }
+    other->waiting_for_cluster = 0;
+  }
+}
+inline void cluster_barrier(const char* file, int line) {
+  NotChecked scope;
+  Thread& t = self();
+  Block& b = *t.block;
+  happens_before(&b.cluster[0]->cluster_barrier);
+  t.state = State::at_cluster_barrier;
+  b.waiting_for_cluster++;
+  try_cluster_barrier(b);
+  if (t.state != State::ready) wait(State::at_cluster_barrier, file, line);
+  happens_after(&b.cluster[0]->cluster_barrier);
+}
+// The same place in the shared memory of the block of this rank.
+inline void* of_block(void* p, unsigned rank, const char* file, int line) {
+  NotChecked scope;
+  Block& b = *self().block;
+  if (rank >= b.cluster.size()) fail("no block " + std::to_string(rank) + " in the cluster: " + place(file, line));
+  Block& other = *b.cluster[rank];
+  if (other.alive == 0) fail("block " + std::to_string(rank) + " has left the cluster: " + place(file, line));
+  for (const SharedArray& mine : b.arrays) {
+    const ptrdiff_t offset = static_cast<char*>(p) - mine.data;
+    if (offset < 0 || offset >= ptrdiff_t(mine.size)) continue;
+    for (const SharedArray& its : other.arrays) {
+      if (its.key == mine.key) return its.data + offset;
+    }
+  }
+  fail("block " + std::to_string(rank) + " has written nothing there: " + place(file, line));
+}
+
 // One lane's part in a warp operation; returns the value that lane `from` brought.
 inline uint32_t meet(uint32_t mask, uint32_t value, unsigned from, const char* file, int line) {
   NotChecked scope;
@@ -355,7 +404,7 @@ inline char* shared_array(const void* key, size_t size, size_t align) {
   const size_t at = (b.used + 32 + align - 1) / align * align;  // 32 bytes of red zone
   if (at + size > config().shared) fail("more than " + std::to_string(config().shared) + " bytes of shared memory");
   b.used = at + size;
-  b.arrays.push_back({key, b.memory + at});
+  b.arrays.push_back({key, b.memory + at, size});
 #ifdef __SANITIZE_ADDRESS__
   ASAN_UNPOISON_MEMORY_REGION(b.memory + at, size);
 #endif
@@ -381,6 +430,10 @@ inline void enter() {
       }
     }
     if (--b.alive && b.waiting == b.alive) open_barrier(b);  // those that have left count no more, as since Volta
+    if (!b.alive) {
+      for (const SharedArray& a : b.arrays) std::memset(a.data, 0xFF, a.size);
+    }
+    try_cluster_barrier(b);
   }
   switch_to(self().context, self().block->host, true);
   std::abort();
@@ -414,7 +467,7 @@ inline void prepare(Block& b, unsigned n, [[maybe_unused]] std::mt19937_64& rand
   b.threads.assign(n, Thread());
   b.meetings.assign((n + 31) / 32, {});
   b.arrays.clear();
-  b.used = 0, b.alive = n, b.waiting = 0;
+  b.used = 0, b.alive = n, b.waiting = 0, b.waiting_for_cluster = 0;
   b.error.clear();
   b.order.resize(n);
   for (unsigned i = 0; i < n; i++) {
@@ -446,70 +499,96 @@ inline void prepare(Block& b, unsigned n, [[maybe_unused]] std::mt19937_64& rand
 #endif
 }
 
-inline void run_block(Block& b, uint64_t seed) {
+// The blocks of a cluster, or one block, from start to end.
+inline void run_cluster(std::vector<Block*> blocks, uint64_t seed) {
   NotChecked scope;
-  const unsigned n = b.size.x;
   std::mt19937_64 random(seed);
-  prepare(b, n, random);
-  unsigned done = 0;
-  while (done < n && b.error.empty()) {
-    if (config().order == Order::random) std::shuffle(b.order.begin(), b.order.end(), random);
+  const auto failed = [&] {
+    return std::any_of(blocks.begin(), blocks.end(), [](const Block* b) { return !b->error.empty(); });
+  };
+  size_t threads = 0, done = 0;
+  for (Block* b : blocks) {
+    prepare(*b, b->size.x, random);
+    b->cluster = blocks;
+    threads += b->threads.size();
+  }
+  if (config().order == Order::reverse) std::reverse(blocks.begin(), blocks.end());
+  while (done < threads && !failed()) {
     bool progress = false;
     done = 0;
-    for (const unsigned i : b.order) {
-      Thread& t = b.threads[i];
-      if (t.state == State::ready) {
-        progress = true;
-        current = &t;
-        switch_to(b.host, t.context, false);
-        if (!b.error.empty()) break;
+    if (config().order == Order::random) std::shuffle(blocks.begin(), blocks.end(), random);
+    for (Block* b : blocks) {
+      if (config().order == Order::random) std::shuffle(b->order.begin(), b->order.end(), random);
+      for (const unsigned i : b->order) {
+        Thread& t = b->threads[i];
+        if (t.state == State::ready) {
+          progress = true;
+          current = &t;
+          switch_to(b->host, t.context, false);
+          if (!b->error.empty()) break;
+        }
+        done += t.state == State::done;
       }
-      done += t.state == State::done;
     }
-    if (!progress && done < n) {
-      for (const Thread& t : b.threads) {
-        if (t.state != State::done && b.error.empty()) {
-          b.error = "deadlock: thread " + std::to_string(t.index.x) + " waits at " + place(t.file, t.line);
+    if (!progress && done < threads && !failed()) {
+      for (Block* b : blocks) {
+        for (const Thread& t : b->threads) {
+          if (t.state != State::done && b->error.empty()) {
+            b->error = "deadlock: thread " + std::to_string(t.index.x) + " waits at " + place(t.file, t.line);
+          }
         }
       }
     }
   }
   current = nullptr;
+  std::string error;
+  for (Block* b : blocks) {
 #ifdef __SANITIZE_THREAD__
-  for (Thread& t : b.threads) __tsan_destroy_fiber(t.context.tsan);
+    for (Thread& t : b->threads) __tsan_destroy_fiber(t.context.tsan);
 #endif
 #ifdef __SANITIZE_ADDRESS__
-  ASAN_UNPOISON_MEMORY_REGION(b.memory, config().shared);
+    ASAN_UNPOISON_MEMORY_REGION(b->memory, config().shared);
 #endif
-  if (!b.error.empty()) throw Error("cece's CUDA emulator: " + b.error);
+    if (error.empty()) error = b->error;
+  }
+  if (!error.empty()) throw Error("cece's CUDA emulator: " + error);
 }
 
-// As cece::cuda::launch: blocks along y are never a cluster here.
+// As cece::cuda::launch.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, cudaStream_t, int cluster, A&&... args) {
-  if (threads < 1 || threads > 1024) throw Error("cece's CUDA emulator: a block of " + std::to_string(threads));
-  if (cluster != 1) throw Error("cece's CUDA emulator: no clusters here");
-  if (!grid.x || !grid.y || !grid.z || grid.y > 65535) throw Error("cece's CUDA emulator: a grid no GPU can have");
+  const auto refuse = [](const std::string& what) { throw Error("cece's CUDA emulator: " + what); };
+  if (threads < 1 || threads > 1024) refuse("a block of " + std::to_string(threads));
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535) refuse("a grid no GPU can have");
+  if (cluster < 1 || cluster > 8 || grid.y % unsigned(cluster)) refuse("a cluster of " + std::to_string(cluster));
+  if (cluster > 1 && config().card_major < 9) refuse("this card has no clusters");
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
   } call{kernel, std::tuple<P...>(static_cast<P>(args)...)};
   NotChecked scope;
-  static thread_local Block& b = *new Block;  // never freed: at exit that would look like a race
-  b.run = [](void* p) {
-    Call& c = *static_cast<Call*>(p);
-    std::apply(c.kernel, c.args);
-  };
-  b.kernel = &call;
-  b.size = dim3(unsigned(threads)), b.grid = grid;
-  for (unsigned y = 0; y < grid.y; y++) {
+  static thread_local std::vector<Block>& pool = *new std::vector<Block>(8);  // never freed: at exit that would look
+  std::vector<Block*> blocks;                                                 // like a race
+  for (int i = 0; i < cluster; i++) {
+    Block& b = pool[i];
+    b.run = [](void* p) {
+      Call& c = *static_cast<Call*>(p);
+      std::apply(c.kernel, c.args);
+    };
+    b.kernel = &call;
+    b.size = dim3(unsigned(threads)), b.grid = grid;
+    blocks.push_back(&b);
+  }
+  if (cluster > 1) config().clusters += grid.x * (grid.y / cluster);
+  for (unsigned y = 0; y < grid.y / cluster; y++) {
     for (unsigned x = 0; x < grid.x; x++) {
       const bool back = config().order == Order::reverse;
-      b.index = {back ? grid.x - 1 - x : x, back ? grid.y - 1 - y : y, 0};
-      run_block(b, config().seed * 1000003 + y * uint64_t(grid.x) + x);
+      const unsigned first = (back ? grid.y / cluster - 1 - y : y) * cluster;
+      for (int i = 0; i < cluster; i++) blocks[i]->index = {back ? grid.x - 1 - x : x, first + i, 0};
+      run_cluster(blocks, config().seed * 1000003 + y * uint64_t(grid.x) + x);
     }
   }
-  happens_after(&b.end);
+  for (Block* b : blocks) happens_after(&b->end);
 }
 
 template <class T>
@@ -526,12 +605,37 @@ T shuffle_xor(uint32_t mask, T value, int distance, const char* file, int line) 
 
 // ---- the device's functions
 
+// A function's result moved by up to `units` of its last place (CUDA's manual, "Mathematical Functions", and PTX's for
+// ex2.approx and rcp.approx), which way and how far decided by its argument; what is exact stays exact.
+namespace emulator {
+inline float perturbed([[maybe_unused]] float x, float y, [[maybe_unused]] int units) {
+#ifdef CECE_PERTURBED
+  if (y == 0 || y == 1 || !std::isfinite(y)) return y;
+  uint32_t bits, hash;
+  std::memcpy(&hash, &x, 4), std::memcpy(&bits, &y, 4);
+  hash = (hash ^ hash >> 15) * 0x2c1b3c6du;
+  bits += uint32_t(int(hash >> 16) % (2 * units + 1) - units);
+  std::memcpy(&y, &bits, 4);
+#endif
+  return y;
+}
+}  // namespace emulator
+
 #define threadIdx (::emulator::self().index)
 #define blockIdx (::emulator::self().block->index)
 #define blockDim (::emulator::self().block->size)
 #define gridDim (::emulator::self().block->grid)
 #define __syncthreads() ::emulator::barrier(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, distance) ::emulator::shuffle_xor(mask, value, distance, __FILE__, __LINE__)
+namespace cece::cuda {
+inline bool clusters_compiled() { return emulator::config().compiled_for >= 90; }
+template <class T>
+T* of_block_at(T* p, int rank, const char* file, int line) {
+  return static_cast<T*>(::emulator::of_block(p, unsigned(rank), file, line));
+}
+#define cluster_sync() (::emulator::cluster_barrier(__FILE__, __LINE__))
+#define of_block_of_cluster(p, rank) (::cece::cuda::of_block_at(p, rank, __FILE__, __LINE__))
+}  // namespace cece::cuda
 template <class T>
 inline void __stcs(T* p, T value) {
   *p = value;

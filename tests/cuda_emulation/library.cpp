@@ -13,6 +13,7 @@ TORCH_LIBRARY_FRAGMENT(cece_emulated, m) {
     emulator::config().order = number == 0 ? Order::forward : number == -1 ? Order::reverse : Order::random;
     emulator::config().seed = uint64_t(number);
   });
+  m.def("clusters() -> int", [] { return emulator::config().clusters; });
   m.def("card(int major, int compiled_for) -> ()", [](int64_t major, int64_t compiled_for) {
     emulator::config().card_major = int(major);
     emulator::config().compiled_for = int(compiled_for);

@@ -36,6 +36,22 @@ __global__ void sum(int bug, const float* x, float* out) {
   out[blockIdx.x] = s;
 }
 
+// The same sum by a cluster of blocks along y, each of which adds up a part.
+__global__ void sum_of_cluster(int bug, const float* x, float* out) {
+  CECE_SHARED(float, of_block, 1);
+  const int part = kValues / int(gridDim.y);
+  float s = 0;
+  for (int i = 0; i < part; i++) s += x[blockIdx.x * kValues + blockIdx.y * part + i];
+  if (threadIdx.x == 0) of_block[0] = s;
+  if (bug != 8) cluster_sync();  // 8: does not wait for the others' parts
+  if (blockIdx.y == 0 && threadIdx.x == 0) {
+    const int blocks = int(gridDim.y) + (bug == 10);  // 10: reads a block that is not there
+    for (int i = 1; i < blocks; i++) s += of_block_of_cluster(of_block, i)[0];
+    out[blockIdx.x] = s;
+  }
+  if (bug != 9) cluster_sync();  // 9: blocks leave before they are read
+}
+
 int main(int argc, char** argv) {
   const int bug = argc > 1 ? std::atoi(argv[1]) : 0, order = argc > 2 ? std::atoi(argv[2]) : 1;
   emulator::config().order = order == 0    ? emulator::Order::forward
@@ -46,7 +62,12 @@ int main(int argc, char** argv) {
   std::vector<float> x(kBlocks * kValues, 1.f), out(kBlocks, -1.f);
   x.shrink_to_fit();
   try {
-    launch(sum, dim3(kBlocks), kThreads, nullptr, 1, bug, static_cast<const float*>(x.data()), out.data());
+    const float* const values = x.data();
+    launch(sum, dim3(kBlocks), kThreads, nullptr, 1, bug, values, out.data());
+    if (bug == 0 || bug >= 8) {
+      emulator::config().card_major = 9, emulator::config().compiled_for = 90;
+      launch(sum_of_cluster, dim3(kBlocks, 4), kThreads, nullptr, 4, bug, values, out.data());
+    }
   } catch (const emulator::Error& e) {
     std::puts(e.what());
     return 2;
