@@ -37,11 +37,11 @@ FEW = {
         "BCE 8192 x 1000": "binary_cross_entropy_with_logits, 8192 x 1000",
     },
     "gpu": {
-        "labels float32 1024": "cross_entropy, 1024 classes",
-        "labels bfloat16 32768": "cross_entropy, 32768 classes, bfloat16",
-        "labels bfloat16 131072": "cross_entropy, 131072 classes, bfloat16",
-        "soft bfloat16 32768": "cross_entropy, probabilities of 32768 classes, bfloat16",
-        "binary float32 1024": "binary_cross_entropy_with_logits, 1024 classes",
+        "CE, float32, 1024": "cross_entropy, 1024 classes",
+        "CE, bfloat16, 32768": "cross_entropy, 32768 classes, bfloat16",
+        "CE, bfloat16, 131072": "cross_entropy, 131072 classes, bfloat16",
+        "CE, probabilities, bfloat16, 32768": "cross_entropy, probabilities of 32768 classes, bfloat16",
+        "BCE, float32, 1024": "binary_cross_entropy_with_logits, 1024 classes",
     },
 }
 PLOTTED = "CE 8192 x 1000", "CE 1024 x 32000", "BCE 8192 x 1000"
@@ -61,7 +61,7 @@ def newest(files):
 
 
 def date(data):
-    return data.get("environment", data)["date"][:10]
+    return data["date"]
 
 
 def whole(data):
@@ -172,46 +172,43 @@ def plot_cpu(data, path):
 
 
 def gpu_head(data):
-    where = data["environment"]
-    return (
-        f"{where['device']}, driver {where['driver']}, torch {where['torch']}, cece {where['cece']['version']},"
-        f" {date(data)}. A copy reaches {data['copy_gb_s']:.0f} GB/s."
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    where = f"{data['device']}, driver {data['driver']}, {versions}, {date(data)}"
+    return f"{where}. A copy reaches {data['copy_gbs']:.0f} GB/s."
+
+
+def gpu_case(row):
+    """A row's case without its size: "CE, smoothing" of "CE, smoothing 488281 x 1024"."""
+    return row["case"].rsplit(" ", 3)[0]
 
 
 def gpu_times(data):
     """{case: {contender: ms}}"""
     cases = {}
     for row in data["rows"]:
-        if "error" not in row:
-            case = cases.setdefault(f"{row['loss']} {row['dtype']} {row['classes']}", {})
-            case["compile" if row["name"] == "torch.compile" else row["name"]] = row["ms"]
+        key = f"{gpu_case(row)}, {row['dtype']}, {row['classes']}"
+        cases.setdefault(key, {})[row["contender"]] = row["median_ms"]
     return cases
 
 
-def gpu_measured(row):
-    return [number(row["ms"]), f"{row['gb_s']:.0f}", f"{100 * row['of_copy']:.0f} %", megabytes(row)]
-
-
 def gpu_report(data):
-    rows = []
-    for row in data["rows"]:
-        measured = [row["error"], "", "", ""] if "error" in row else gpu_measured(row)
-        rows.append([row["loss"], row["dtype"], f"{row['rows']} x {row['classes']}", row["name"], *measured])
-    versions = [f"{name} {version}" for name, version in data["environment"]["packages"].items() if version]
-    peers = f" Peers: {', '.join(versions)}." if versions else ""
+    rows = [
+        [row["case"], row["dtype"], row["contender"], number(row["median_ms"]), f"{row['gbs']:.0f}"]
+        + [f"{row['percent_of_copy']:.0f} %", megabytes(row)]
+        for row in data["rows"]
+    ]
     missing = "".join(f" Not there: {name} ({why})." for name, why in data["missing"].items())
-    header = "target, dtype, logits, contender, ms, GB/s, of copy, peak MiB"
-    return f"{gpu_head(data)}{peers}{missing}{whole(data)}\n\n{table(header.split(', '), rows)}"
+    failed = "".join(f"\n- failed: {' '.join(line.split())}" for line in [*data["failed"], *data["stopped"]])
+    header = "case, dtype, contender, ms, GB/s, of copy, peak MiB"
+    return f"{gpu_head(data)}{missing}\n\n{table(header.split(', '), rows)}" + (f"\n{failed}" if failed else "")
 
 
 def plot_gpu(data, path):
     """GB/s of the byte model against the number of classes: a panel for each loss and dtype, a line a contender."""
     panels = {}
     for row in data["rows"]:
-        if "error" not in row:
-            lines = panels.setdefault(f"{row['loss']}, {row['dtype']}", {})
-            lines.setdefault(row["name"], {})[row["classes"]] = row["gb_s"]
+        lines = panels.setdefault(f"{gpu_case(row)}, {row['dtype']}", {})
+        lines.setdefault(row["contender"], {})[row["classes"]] = row["gbs"]
     panels = {title: lines for title, lines in panels.items() if max(map(len, lines.values())) > 1}
     if not panels:
         return
@@ -223,12 +220,12 @@ def plot_gpu(data, path):
         for contender, points in lines.items():
             colour = {"color": COLOURS[contender]} if contender in COLOURS else {}
             axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=4, label=contender, **colour)
-        axes.axhline(data["copy_gb_s"], color="#555555", linestyle="--", linewidth=1, label="copy")
+        axes.axhline(data["copy_gbs"], color="#555555", linestyle="--", linewidth=1, label="copy")
         classes = sorted({c for points in lines.values() for c in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(classes, [str(c) for c in classes], fontsize=8, rotation=30)
-        axes.set_ylim(0, 1.08 * max(data["copy_gb_s"], *(gbs for points in lines.values() for gbs in points.values())))
-        axes.set(title=f"{data['environment']['device']}: {title}", xlabel="classes", ylabel="GB/s, forward + backward")
+        axes.set_ylim(0, 1.08 * max(data["copy_gbs"], *(gbs for points in lines.values() for gbs in points.values())))
+        axes.set(title=f"{data['device']}: {title}", xlabel="classes", ylabel="GB/s, forward + backward")
     named = {name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), fontsize=9)
     save(figure, path)

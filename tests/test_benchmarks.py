@@ -34,29 +34,32 @@ CPU = {"cpu": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2", "c
         row("cece", 9, which="forward"),
     ],
 }
-GPU_HEAD = {"date": "2000-01-01T00:00:00+00:00", "device": "A GPU", "driver": "1", "torch": "2"} | {
-    "cece": {"version": "0"},
-    "packages": {"quack-kernels": "3", "triton": None},
-}
+
+
+class StandIn:
+    """A card for what writes a file about it."""
+
+    def describe(self):
+        return {"device": "A GPU", "driver": "1"}
 
 
 @pytest.fixture
-def gpu_results(monkeypatch):
-    """What benchmarks/gpu.py writes, of runs that take a millisecond, but a peer's half of one, and one's that fail."""
-
-    def slow(logits, labels):
-        raise ValueError("at most\n65536 | classes")
-
-    times = {"fast": 0.5}
-    monkeypatch.setattr(gpu, "training_step", lambda loss: loss)
-    monkeypatch.setattr(gpu, "inputs_of", lambda *shape: [])
-    monkeypatch.setattr(gpu, "measure", lambda loss, _: slow(0, 0) if loss is slow else (times.get(loss, 1.0), 2**20))
-    rows = []
-    for case in gpu.cases(
-        1e6, [1024, 4096], {"eager": gpu.eager, "torch.compile": gpu.eager, "fast": "fast", "slow": slow}
+def gpu_results(tmp_path):
+    """What benchmarks/gpu.py makes of the rows that its calls left: a peer is ahead, another one fails."""
+    copy = {"copy_gbs": 4000.0, "read_gbs": 2000.0}
+    entries = [{"copy": copy, "missing": {"liger": "No module"}}]
+    for classes, (name, ms) in itertools.product(
+        [1024, 4096], {"cece": 1.0, "eager": 1.0, "compile": 1.0, "fast": 0.5, "slow": None}.items()
     ):
-        rows += gpu.run(case, copy=4000.0)
-    return {"environment": GPU_HEAD, "copy_gb_s": 4000.0, "missing": {"liger": "No module"}, "rows": rows}
+        row = {"case": f"CE {250_000 // classes} x {classes}", "classes": classes, "dtype": "float32", "pass": "both"}
+        row |= {"contender": name, "median_ms": ms, "peak_bytes": 2**20, "gbs": ms and 3.0 / ms}
+        entries.append(row | {"error": None if ms else "ValueError: at most\n65536 | classes"})
+    entries += [dict(entries[1], median_ms=9.0), entries[1], {"stopped": "before BCE: the time was up"}, {"copy": copy}]
+    (tmp_path / "gpu-rows.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    gpu.collect(tmp_path, StandIn())
+    (tmp_path / "gpu-rows.jsonl").unlink()
+    assert "A GPU" in (tmp_path / "gpu-a-gpu.txt").read_text()
+    return json.loads((tmp_path / "gpu-a-gpu.json").read_text())
 
 
 def test_medians_and_quartiles():
@@ -182,8 +185,9 @@ def test_report_judges_and_is_idempotent(tmp_path, gpu_results):
     assert "Not yet measured." not in text and text.startswith("a\n") and text.endswith("\nc\n")
     assert "5x (\u2265 5 met)" in text and "2.95x (\u2265 3 **missed**)" in text and "2.5x (\u2264 2.5 met)" in text
     assert "2 of 3 goals met" in text and "(results/cpu-a.png)" in text
-    assert "| labels | float32 | 61 x 4096 | fast | 0.5 |" in text
-    assert "| ValueError: at most 65536 \\| classes |" in text and "Not there: liger (No module)" in text
+    assert "| CE 61 x 4096 | float32 | fast | 0.5 | 6 | 0 % | 1 |" in text
+    assert "slow ValueError: at most 65536 | classes" in text and "Not there: liger (No module)" in text
+    assert "before BCE: the time was up" in text
 
     page.write_text(PAGE.replace("cpu-report", "other"))
     with pytest.raises(SystemExit, match="no page has the markers of cpu-report"):
