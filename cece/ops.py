@@ -5,6 +5,7 @@ in plain eager mode.
 """
 
 import torch
+from torch import Tensor
 
 CROSS_ENTROPY = torch.ops.cece.cross_entropy_forward.default
 CROSS_ENTROPY_BACKWARD = torch.ops.cece.cross_entropy_backward.default
@@ -14,11 +15,11 @@ BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
 NONE, MEAN, SUM = 0, 1, 2  # reductions, with torch's numbers
 
 
-def used_labels(target, ignore_index):
+def used_labels(target: Tensor, ignore_index: int) -> Tensor:
     return target.long() != ignore_index  # smaller integers would wrap ignore_index around: uint8's 156 is not -100
 
 
-def label_weights(target, weight, ignore_index, dtype):
+def label_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """What a mean divides by is the sum of these: each label's weight, 0 where it is ignored."""
     used = used_labels(target, ignore_index)
     if weight is None:

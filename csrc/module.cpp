@@ -7,12 +7,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#ifdef __clang__
-#define CECE_COMPILER __VERSION__  // names itself
-#else
-#define CECE_COMPILER "g++ " __VERSION__
-#endif
-
 // What the module keeps is behind its own locks (Pages) or constant: it needs no GIL.
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("build_info", [] {

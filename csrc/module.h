@@ -3,6 +3,12 @@
 #include <string>
 #include <vector>
 
+#ifdef __clang__
+#define CECE_COMPILER __VERSION__  // names itself
+#else
+#define CECE_COMPILER "g++ " __VERSION__
+#endif
+
 namespace cece {
 
 std::vector<std::string> cpu_isas();  // built in

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import types
 from importlib.metadata import distribution
 from pathlib import Path
@@ -573,8 +572,9 @@ def test_python_headers_that_are_here(version):
 @pytest.mark.parametrize("compiler", ["clang", "g++"])
 def test_clang_is_named_as_clang(compiler):
     flag = "-D__clang__=1" if compiler == "clang" else "-U__clang__"
-    command = [*COMPILER, "-std=c++20", "-E", f"-I{sysconfig.get_path('include')}", *MODULE, flag]
-    text = subprocess.run([*command, ROOT / "csrc/module.cpp"], capture_output=True, text=True, check=True).stdout
+    command = [*COMPILER, "-E", "-x", "c++", f"-I{ROOT}/csrc", flag, "-"]
+    source = re.sub(r"#include <.*>", "", (ROOT / "csrc/module.h").read_text()) + "CECE_COMPILER\n"
+    text = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
     assert ('"g++ "' in text) == (compiler == "g++")
 
 
