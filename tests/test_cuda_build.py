@@ -58,7 +58,7 @@ HOT_LOOPS = {
     ("bf16", "binary_backward", "bool"): (16, 23, 4),
     ("bf16", "binary_backward", "f32"): (16, 21, 6),
     ("f32", "forward_rows", 0): (16, 18, 4),
-    ("f32", "forward_rows", 1): (16, 23, 4),
+    ("f32", "forward_rows", 1): (16, 24, 4),
     ("f32", "backward_rows", 0): (8, 28, 2),
     ("f32", "forward_pixels", 0): (8, 26, 7),
     ("f32", "binary_forward", "input"): (8, 37, 4),

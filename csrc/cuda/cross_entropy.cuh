@@ -178,7 +178,8 @@ struct Reader<S, Target::smooth> {
     if (!(these < std::numeric_limits<A>::infinity())) {  // an infinity, too large a sum, or a maximum's own inf - inf
       these = sum(x, inside, [&](A x) { return times(a.spread, gap(x, logits.max)); });
     }
-    gaps.add(these + times(count * a.spread, gap(before, logits.max)));
+    if (before != logits.max) gaps.add(times(count * a.spread, logits.max - before));  // seldom, once begun
+    gaps.add(these);
 #pragma unroll
     for (int v = 0; v < V; v++) count += inside[v] ? A(N) : A(0);
   }
