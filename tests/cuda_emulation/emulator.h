@@ -610,7 +610,7 @@ T shuffle_xor(uint32_t mask, T value, int distance, const char* file, int line) 
 namespace emulator {
 inline float perturbed([[maybe_unused]] float x, float y, [[maybe_unused]] int units) {
 #ifdef CECE_PERTURBED
-  if (y == 0 || y == 1 || !std::isfinite(y)) return y;
+  if (y == 0 || y == 1 || !std::isnormal(y)) return y;
   uint32_t bits, hash;
   std::memcpy(&hash, &x, 4), std::memcpy(&bits, &y, 4);
   hash = (hash ^ hash >> 15) * 0x2c1b3c6du;
