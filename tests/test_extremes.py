@@ -278,13 +278,15 @@ def test_smoothing_over_the_lowest_numbers_is_finite(backend, shape):
         assert torch.autograd.grad(loss.sum(), u)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
-def test_smoothing_does_not_drift(backend, smoothing):
+def test_smoothing_does_not_drift(backend, smoothing, weighted):
     """Many rows of many equal terms: no sum of them loses what it rounds off, nor does the mass the gradient needs."""
     rows, classes = (199, 20_001) if backend.name == "emulated" else (199, 128_256)
     for x in (torch.randn(rows, classes) * 3, torch.full((rows, classes), 1.1).index_fill_(1, torch.tensor([7]), 30.3)):
         x, y = x.to(backend.device), torch.full((rows,), 5, device=backend.device)
-        loss, stats, _ = torch.ops.cece.cross_entropy_forward(x, y, None, 0, -100, smoothing)
+        w = torch.ones(classes, device=backend.device) if weighted else None
+        loss, stats, _ = torch.ops.cece.cross_entropy_forward(x, y, w, 0, -100, smoothing)
         assert (stats[2].double() - 1).abs().max() <= 2**-23
         wide = x.double().cpu()
         truth = (1 - smoothing) * (wide.logsumexp(1) - wide[:, 5]) + smoothing * (wide.logsumexp(1) - wide.mean(1))

@@ -24,12 +24,14 @@
 namespace cece::cuda {
 
 #ifdef CECE_EMULATE
+using ::emulator::expect_aligned;
 using ::emulator::launch;
 template <class Kernel>
 int compiled_for(Kernel*) {
   return ::emulator::config().compiled_for;
 }
 #else
+__device__ __forceinline__ void expect_aligned(const void*, size_t) {}  // the hardware stops there by itself
 // The architecture of the PTX that a kernel's code on the current device comes from; 0 where there is none.
 template <class Kernel>
 int compiled_for(Kernel* kernel) {

@@ -192,6 +192,7 @@ template <class T, int N>  // p: aligned to kAligned
 __device__ __forceinline__ Run<T, N> load_run(const void* p) {
   using R = Run<T, N>;
   R run;
+  expect_aligned(p, R::kAligned);
 #pragma unroll
   for (int i = 0; i < R::kBytes / R::kAligned; i++) run.words[i] = static_cast<const typename R::Word*>(p)[i];
   return run;

@@ -282,6 +282,10 @@ inline void wait(State state, const char* file, int line) {
   switch_to(self().context, self().block->host, true);
   std::abort();
 }
+// A GPU stops at a wide access that is not aligned to its width; a CPU would not notice.
+inline void expect_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
+}
 inline std::string place(const char* file, int line) { return std::string(file) + ":" + std::to_string(line); }
 
 inline void open_barrier(Block& b) {
@@ -638,5 +642,6 @@ T* of_block_at(T* p, int rank, const char* file, int line) {
 }  // namespace cece::cuda
 template <class T>
 inline void __stcs(T* p, T value) {
+  emulator::expect_aligned(p, sizeof(T));
   *p = value;
 }
