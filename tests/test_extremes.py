@@ -287,7 +287,8 @@ def test_smoothing_does_not_drift(backend, smoothing, weighted):
         x, y = x.to(backend.device), torch.full((rows,), 5, device=backend.device)
         w = torch.ones(classes, device=backend.device) if weighted else None
         loss, stats, _ = torch.ops.cece.cross_entropy_forward(x, y, w, 0, -100, smoothing)
-        assert (stats[2].double() - 1).abs().max() <= 2**-23
+        # the mass is a constant where all weights are equal by being absent, else a sum of that many rounded terms
+        assert (stats[2].double() - 1).abs().max() <= (4 if weighted else 1) * 2**-23
         wide = x.double().cpu()
         truth = (1 - smoothing) * (wide.logsumexp(1) - wide[:, 5]) + smoothing * (wide.logsumexp(1) - wide.mean(1))
         assert (loss.cpu().double() / truth - 1).abs().max() <= 4 * 2**-23
