@@ -163,10 +163,6 @@ Tensor times(const Tensor& a, const Tensor& b) { return at::where(a == 0, 0, a *
 
 // =============================================================================================== cross-entropy
 
-at::ScalarType acc_of(const Tensor& logits, const Tensor& target) {
-  return logits.scalar_type() == at::kDouble || target.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 struct Options {
   int64_t reduction, ignore_index;
   double label_smoothing;
@@ -223,7 +219,7 @@ struct CrossEntropyFormulas {
         o(o),
         dim(x.dim() == 1 ? 0 : 1),
         soft(t.dim() == x.dim()),
-        acc(acc_of(x, soft ? t : x)) {}
+        acc(acc_type({&x, soft ? &t : nullptr})) {}
 
   double keep() const { return 1 - o.label_smoothing; }
   Tensor by_class(const Tensor& v) const {  // (C) against (N, C, d...)
@@ -480,9 +476,7 @@ struct BinaryFormulas {
   BinaryFormulas(const Tensor& x_, const Tensor& y_, const Tensor& w_, const Tensor& p_, bool with_logits,
                  int64_t reduction)
       : with_logits(with_logits), reduction(reduction), raw_w(maybe(w_)), raw_p(maybe(p_)), target(y_) {
-    const bool wide = x_.scalar_type() == at::kDouble || y_.scalar_type() == at::kDouble ||
-                      (w_.defined() && w_.scalar_type() == at::kDouble);
-    const auto acc = wide ? at::kDouble : at::kFloat;
+    const auto acc = acc_type({&x_, &y_, w_.defined() ? &w_ : nullptr});
     x = x_.to(acc), y = y_.to(acc);
     if (w_.defined()) w = w_.to(acc);
     if (p_.defined()) p = p_.to(acc);

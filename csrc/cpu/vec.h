@@ -60,7 +60,7 @@ inline __attribute__((always_inline)) Vec<float> exp_nonpositive(Vec<float> x) {
   return shifted * scale;
 }
 
-// e^x - 1 for x <= 0, at most 2 ULP: 2^n tail + (2^n - 1), the second term exact.
+// e^x - 1 for x <= 0, at most 2.5 ULP: 2^n tail + (2^n - 1), the second term exact.
 inline __attribute__((always_inline)) Vec<float> expm1_nonpositive(Vec<float> x) {
   Vec<float> tail;
   const Vec<float> scale = exp_scale<0>(at::vec::clamp_min(x, Vec<float>(-80.f)), tail);
