@@ -302,7 +302,7 @@ def units():
     tools = f"{output(*compiler(), '--version')} {torch.__version__} {torch.version.git_version}"
     own = {  # flags of one source
         **{f"csrc/cpu/isa_{name}.cpp": ["-Wno-maybe-uninitialized", *flags] for name, flags in ISAS.items()},
-        "csrc/autograd.cpp": [],
+        **{p.relative_to(ROOT).as_posix(): [] for p in sorted(ROOT.glob("csrc/autograd/*.cpp"))},
         "csrc/cpu/ops.cpp": ["-DCECE_X86"] if X86 else [],
         "csrc/cuda/ops.cpp" if toolkit else "csrc/cuda/none.cpp": [
             f"-I{toolkit.home / 'include'}" if toolkit else f'-DCECE_CUDA_LEFT_OUT="{left_out}"'

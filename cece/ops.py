@@ -1,6 +1,6 @@
 """Batching rules of the operators in ``csrc/ops.cpp``: what vmap does with them.
 
-Shapes for tracing are in ``csrc/meta.cpp``, derivatives in ``csrc/autograd.cpp``. Nothing here runs
+Shapes for tracing are in ``csrc/meta.cpp``, derivatives in ``csrc/autograd``. Nothing here runs
 in plain eager mode.
 """
 

@@ -1,4 +1,4 @@
-// The operators, one screen of schemas. Kernels: cpu/ops.cpp, cuda/ops.cpp. Derivatives: autograd.cpp.
+// The operators, one screen of schemas. Kernels: cpu/ops.cpp, cuda/ops.cpp. Derivatives: autograd/.
 // Shapes for tracing: meta.cpp. Batching rules: cece/ops.py. reduction: 0 none, 1 mean, 2 sum, as in torch.
 #include <torch/library.h>
 
