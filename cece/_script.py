@@ -112,3 +112,138 @@ def check_targets(target: Tensor, num_classes: int, ignore_index: int = -100) ->
             f"cece.check_targets: Target {value} is out of bounds: target{where} must be in [0, {num_classes}) or equal"
             f" ignore_index ({ignore_index}), got {value}; {count} of {target.numel()} targets are"
         )
+
+
+# ---- divergences of two rows: what is here is the functions' own body, too (divergence.py)
+
+
+def sum_in_order(rows: Tensor) -> Tensor:
+    """The sum, in an order that the number of rows alone decides: torch's own depends on the number of threads."""
+    flat = rows.flatten()
+    blocks = (flat.numel() + 1023) // 1024
+    padded = torch.nn.functional.pad(flat, [0, blocks * 1024 - flat.numel()])
+    return padded.reshape(blocks, 1024).sum(1, dtype=torch.float64).sum().to(rows.dtype)
+
+
+def reduce_rows(
+    loss: str,
+    rows: Tensor,
+    reduction: str,
+    mask: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | float | None,
+) -> Tensor:
+    """Rows' values, 0 where masked, times their weights and reduced."""
+    if not isinstance(reduction, str) or reduction not in ["mean", "sum", "none", "batchmean"]:
+        raise ValueError(f"cece.{loss}: reduction must be 'none', 'mean', 'batchmean' or 'sum', got {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"cece.{loss}: normalizer is what 'mean' divides by, got it with reduction {reduction!r}")
+    if token_weight is not None:
+        if token_weight.shape != rows.shape:
+            raise ValueError(
+                f"cece.{loss}: token_weight must have the rows' shape {list(rows.shape)}, got {list(token_weight.shape)}"
+            )
+        weight = token_weight.to(rows.dtype)
+        if mask is not None:
+            weight = weight.masked_fill(~mask, 0.0)
+        rows = rows.masked_fill((weight == 0) & rows.isinf(), 0.0) * weight  # no weight, no cost; but a NaN stays
+    if reduction == "none":
+        return rows
+    total = sum_in_order(rows)
+    if reduction == "sum":
+        return total
+    if reduction == "batchmean":
+        return total / (rows.shape[0] if rows.dim() > 0 else 1)
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"cece.{loss}: normalizer must be one number, got shape {list(normalizer.shape)}")
+        return total / normalizer.reshape([]).to(total.dtype)
+    if normalizer is not None:
+        return total / normalizer
+    return total / (rows.numel() if mask is None else mask.sum())
+
+
+def kl_divergence(
+    logits: Tensor,
+    target_logits: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
+    tail: str = "lump",
+) -> Tensor:
+    if target_indices is None:
+        rows = torch.ops.cece.divergence_forward(logits, target_logits, mask, temperature, False)[0]
+    else:
+        rows = top_k_divergence(logits, target_logits, target_indices, mask, temperature, tail)
+    return reduce_rows("kl_divergence", rows, reduction, mask, token_weight, normalizer)
+
+
+def js_divergence(
+    logits: Tensor,
+    other_logits: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    rows = torch.ops.cece.divergence_forward(logits, other_logits, mask, temperature, True)[0]
+    return reduce_rows("js_divergence", rows, reduction, mask, token_weight, normalizer)
+
+
+def top_k_divergence(
+    logits: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, temperature: float, tail: str
+) -> Tensor:
+    """KL(q || p) a row where log q is known at some classes. By the chain rule of divergences: what the k classes
+    differ in among themselves, and what they and all others differ in as wholes. Nothing here cancels."""
+    if not isinstance(tail, str) or tail not in ["lump", "renormalize", "ignore"]:
+        raise ValueError(f"cece.kl_divergence: tail must be 'lump', 'renormalize' or 'ignore', got {tail!r}")
+    if not temperature > 0.0:
+        raise ValueError(f"cece.kl_divergence: temperature must be a finite number above 0, got {temperature}")
+    dim = 0 if logits.dim() == 1 else 1
+    fits = values.shape == indices.shape and values.dim() == logits.dim() and logits.dim() > 0
+    for d in range(logits.dim()):
+        fits = fits and (d == dim or values.shape[d] == logits.shape[d])
+    if not fits:
+        raise ValueError(
+            f"cece.kl_divergence: target_logits and target_indices must both have logits' shape {list(logits.shape)}"
+            f" with K classes for its C, got {list(values.shape)} and {list(indices.shape)}"
+        )
+    if indices.dtype != torch.int64:
+        raise RuntimeError(f"cece.kl_divergence: target_indices must be int64, got {indices.dtype}")
+    wide = logits.dtype == torch.float64 or values.dtype == torch.float64
+    x = logits.to(torch.float64 if wide else torch.float32)
+    log_q = values.to(x.dtype)
+    if mask is not None:
+        out = (~mask).unsqueeze(dim)
+        x, log_q, indices = x.masked_fill(out, 0.0), log_q.masked_fill(out, 0.0), indices.masked_fill(out, 0)
+    x_k = x.gather(dim, indices)
+    if tail != "renormalize":
+        log_q = log_q * temperature  # which divides them again
+    among = torch.ops.cece.divergence_forward(x_k, log_q, mask, temperature, False)[0]
+    x_k, log_q, x = x_k / temperature, log_q / temperature, x / temperature
+    # how much less all others have than the k: log(others / k)
+    if values.shape[dim] < logits.shape[dim]:
+        others = x.scatter(dim, indices, -torch.inf).logsumexp(dim)
+        margin = others - x_k.logsumexp(dim)
+    else:
+        margin = torch.full_like(among, -torch.inf)
+    if mask is not None:
+        margin = margin.masked_fill(~mask, 0.0)
+    minus_log_p = torch.nn.functional.softplus(margin)  # of all k
+    log_mass = log_q.logsumexp(dim).clamp_max(0.0)
+    if tail == "renormalize":
+        rows = among + minus_log_p
+    elif tail == "ignore":
+        rows = log_mass.exp() * (among + minus_log_p + log_mass)
+    else:
+        rest = -torch.expm1(log_mass)
+        some = (rest > 0) & (margin > -torch.inf)
+        log_rest = torch.where(some, torch.where(some, rest, 1.0).log(), -torch.inf)
+        ours, theirs = torch.stack([torch.zeros_like(margin), margin], 1), torch.stack([log_mass, log_rest], 1)
+        as_wholes = torch.ops.cece.divergence_forward(ours, theirs, mask, 1.0, False)[0]
+        rows = log_mass.exp() * among + as_wholes
+    return rows if mask is None else rows.masked_fill(~mask, 0.0)

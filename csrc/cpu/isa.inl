@@ -3,9 +3,15 @@
 
 #include "binary_cross_entropy.inl"
 #include "cross_entropy.inl"
+#include "divergence.inl"
 
-#define CECE_KERNELS(NAME, ISA)                                                                       \
-  namespace cece::cpu {                                                                               \
-  const Kernels NAME = {ISA, CrossEntropy<float>::kernels, CrossEntropy<double>::kernels,             \
-                        BinaryCrossEntropyOf<float>::kernels, BinaryCrossEntropyOf<double>::kernels}; \
+#define CECE_KERNELS(NAME, ISA)                                \
+  namespace cece::cpu {                                        \
+  const Kernels NAME = {ISA,                                   \
+                        CrossEntropy<float>::kernels,          \
+                        CrossEntropy<double>::kernels,         \
+                        BinaryCrossEntropyOf<float>::kernels,  \
+                        BinaryCrossEntropyOf<double>::kernels, \
+                        Divergence<float>::kernels,            \
+                        Divergence<double>::kernels};          \
   }

@@ -1,7 +1,9 @@
 // The row of the kernel table for f16. One file a storage type: they compile side by side.
 #include "binary_cross_entropy.cuh"
 #include "cross_entropy.cuh"
+#include "divergence.cuh"
 
 namespace cece::cuda {
-const Kernels kF16 = {CrossEntropy<__half>::kernels, BinaryCrossEntropyOf<__half>::kernels};
+const Kernels kF16 = {CrossEntropy<__half>::kernels, BinaryCrossEntropyOf<__half>::kernels,
+                      Divergence<__half>::kernels};
 }
