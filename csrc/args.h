@@ -50,6 +50,7 @@ struct CrossEntropyArgs {
 };
 
 // The divergence of two rows of logits, x and y, for every row.
+constexpr int kPairNumbers = 8;  // that are saved of a row: numerics.h's Pair
 struct DivergenceArgs {
   Shape rows;
   int64_t classes;

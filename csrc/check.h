@@ -15,7 +15,6 @@
 #include <optional>
 
 #include "args.h"
-#include "numerics.h"
 
 namespace cece {
 

@@ -352,8 +352,8 @@ struct KullbackLeibler {
     out[kMass] = q;
   }
   // drift = B, c = -log(1 + B)
-  CECE_HD static double finish(const double (&sums)[kSums], double drift, double, double (&level)[2]) {
-    const double kl = sums[kValue] / sums[kMass] - (drift - log1p_(drift));
+  CECE_HD static double finish(const double (&sums)[kSums], double drift, double c, double (&level)[2]) {
+    const double kl = sums[kValue] / sums[kMass] - (drift + c);
     level[0] = 0;
     return level[1] = kl < 0 ? 0 : kl;
   }
@@ -434,8 +434,7 @@ CECE_HD double finish_pair(const double (&sums)[Kind::kSums], double cold, Pair<
   pair.log_sum[0] = pair.log_sum[1] = T(nan);
   return nan;
 }
-// A Pair as it is saved: numbers `stride` apart.
-constexpr int kPairNumbers = 8;
+// A Pair as it is saved: args.h's kPairNumbers, `stride` apart.
 template <class T>
 CECE_HD void save_pair(const Pair<T>& pair, T* out, int64_t stride) {
   const T infinity = std::numeric_limits<T>::infinity();

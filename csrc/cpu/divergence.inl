@@ -34,22 +34,33 @@ struct Divergence {
 
   // ---- forward
 
+  // f(load) for vectors of a block; load(x) is the vector there, filled up with logits that change nothing.
+  template <class F>
+  static inline __attribute__((always_inline)) void each(int64_t n, F&& f) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) f([&](const A* x) { return V::loadu(x + i); });
+    if (i == n) return;
+    f([&](const A* x) {
+      A few[kLanes];
+      std::fill_n(few, kLanes, -std::numeric_limits<A>::infinity());
+      for (int64_t k = i; k < n; k++) few[k - i] = x[k];
+      return V::loadu(few);
+    });
+  }
+
   // sum_i e^{(x_i - max) / T}: all maximal elements but one are counted, so that a small rest keeps its bits.
   static LogSumExp<double> sum_block(const A* x, int64_t n, A cold) {
     const A max = CrossEntropy<A>::block_max(x, n);
     const V top(max), scale(cold), zero(A(0)), one(A(1));
-    V sum[4] = {zero, zero, zero, zero}, equals[4] = {zero, zero, zero, zero};
-    each_vector_in_turn<A, 4>(n, [&](int64_t i, int64_t count, int turn) {
-      const V x_i = load_vector(x + i, count), is_top = equal(x_i, top);
-      V e = select(is_top, zero, exp_nonpositive((x_i - top) * scale)), e_top = select(is_top, one, zero);
-      if (count < kLanes) e = first_lanes(e, count), e_top = first_lanes(e_top, count);
-      sum[turn] = sum[turn] + e;
-      equals[turn] = equals[turn] + e_top;
+    V sum = zero, equals = zero;
+    each(n, [&](auto load) __attribute__((always_inline)) {
+      const V x_i = load(x), is_top = equal(x_i, top);
+      sum = sum + select(is_top, zero, exp_nonpositive((x_i - top) * scale));
+      equals = equals + select(is_top, one, zero);
     });
-    const auto all = [](const V(&v)[4]) { return double(sum_lanes((v[0] + v[1]) + (v[2] + v[3]))); };
-    const double others = all(equals) - 1, rest = all(sum) + others;
+    const double others = double(sum_lanes(equals)) - 1;
     const bool two_infinities = max > std::numeric_limits<A>::max() && others > 0;
-    return {max, two_infinities ? std::numeric_limits<double>::quiet_NaN() : rest};
+    return {max, two_infinities ? std::numeric_limits<double>::quiet_NaN() : sum_lanes(sum) + others};
   }
   static LogSumExp<double> log_sum_exp(const Args& a, const Operand& t, int64_t at, A* buffer) {
     LogSumExp<double> all;
@@ -57,7 +68,8 @@ struct Divergence {
     for (int64_t c = 0; c < a.classes; c += kBlock) {
       const int64_t n = std::min(kBlock, a.classes - c);
       const A* x = block(t, at + c * t.class_stride, n, false, buffer);
-      all.merge(sum_block(x, n, A(a.cold)), ExpOfScaled<double>{a.cold});
+      const LogSumExp<double> these = sum_block(x, n, A(a.cold));
+      c == 0 ? void(all = these) : all.merge(these, ExpOfScaled<double>{a.cold});
     }
     return all;
   }
@@ -74,18 +86,16 @@ struct Divergence {
 
   template <class Kind>
   static void add_block(const Pair<A>& pair, const A* x, const A* y, int64_t n, double (&sums)[Kind::kSums]) {
-    constexpr int kSums = Kind::kSums, kWays = 2;
+    constexpr int kSums = Kind::kSums;
     const Pair<V> p = broadcast(pair);
-    V sum[kWays][kSums];
-    for (auto& way : sum) std::fill_n(way, kSums, V(A(0)));
-    each_vector_in_turn<A, kWays>(n, [&](int64_t i, int64_t count, int turn) {
+    V sum[kSums];
+    std::fill_n(sum, kSums, V(A(0)));
+    each(n, [&](auto load) __attribute__((always_inline)) {
       V terms[kSums];
-      Kind::terms(Shares<V>(p, load_vector(x + i, count), load_vector(y + i, count)), terms);
-      for (int k = 0; k < kSums; k++) {
-        sum[turn][k] = sum[turn][k] + (count < kLanes ? first_lanes(terms[k], count) : terms[k]);
-      }
+      Kind::terms(Shares<V>(p, load(x), load(y)), terms);
+      for (int k = 0; k < kSums; k++) sum[k] = sum[k] + terms[k];
     });
-    for (int k = 0; k < kSums; k++) sums[k] += sum_lanes(sum[0][k] + sum[1][k]);
+    for (int k = 0; k < kSums; k++) sums[k] += sum_lanes(sum[k]);
   }
 
   template <class Kind>
