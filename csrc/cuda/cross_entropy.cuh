@@ -25,6 +25,9 @@ constexpr int kResident = kDtype<S> == Dtype::f64                        ? 1
                           : K == Target::hard && kDtype<S> != Dtype::f16 ? 4
                                                                          : kMinBlocks;
 
+template <class S, Target K>  // of rows in packs that straddle those of the logits, which are held twice
+constexpr int kShiftedResident = kDtype<S> == Dtype::f64 || K == Target::weighted ? 2 : kMinBlocks;
+
 template <class S, Target K>  // fewer than with rows, for the eight addresses
 constexpr int kPixelResident = kResident<S, K> < kMinBlocks ? kResident<S, K> : kMinBlocks;
 
@@ -413,8 +416,11 @@ __device__ __forceinline__ A unused_slope(int64_t y) {
 }
 
 // As forward_rows. Every element is read and written by the same thread, so the gradient may overwrite the logits.
-template <class S, Target K>
-__global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
+// kShifted: for rows of logits and gradient that lie otherwise to 16 bytes, as those of a padded vocabulary and a dense
+// gradient do. Packs are then the gradient's, each loaded as the two of the logits that it lies in: the second is in
+// the L1, because the next thread loads it too.
+template <class S, Target K, bool kShifted>
+__global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K> : kResident<S, K>)
     backward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread) {
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize, U = kPacks / 2;  // read and written: as many bytes in flight
@@ -426,11 +432,12 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
   const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
   const S* const x = static_cast<const S*>(a.logits.data) + at_x;
   S* const out = static_cast<S*>(a.grad_logits.data) + at_out;
-  Cut<S> cut(packs_with<S>(x, a.logits, at_x) && a.grad_logits.class_stride == 1 && a.grad_logits.dtype == kDtype<S>, x,
-             end - begin);
+  Cut<S> cut(packs_with<S>(x, a.logits, at_x) && a.grad_logits.class_stride == 1 && a.grad_logits.dtype == kDtype<S>,
+             kShifted ? out : x, end - begin);
   if (kSoft<K> && !probabilities_in_runs<S, N>(a, at_t + cut.head)) cut = Cut<S>(false, x, end - begin);
+  const int into = kShifted ? cut.straddle(x) : 0;
 
-  const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head);
+  const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head - into);
   RawLabel raw_y = load_label<K>(a, row);
   RowGrad<A> r = load_row_grad<A>(a, row);
   int64_t y = kIgnored;
@@ -442,7 +449,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
   bool label_here = false;  // whether this thread has met the label, and its logit
   A x_y = A(0);
   for (int64_t p = lane; p < cut.packs; p += U * lanes) {
-    Pack<S> raw[U];
+    Pack<S> raw[U], behind[U];
     int64_t at[U];
     bool reads[U];
 #pragma unroll
@@ -450,6 +457,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
       const int64_t i = p + u * lanes;
       reads[u] = i < cut.packs && spread.reads(has_loss), at[u] = at_t + cut.head + i * N;
       if (reads[u]) raw[u] = load_pack<S>(packs + i);
+      if (reads[u] && kShifted) behind[u] = load_pack<S>(packs + i + 1);
     }
     A p_k[U][N];
     load_probabilities<S, K>(a, at, reads, p_k);
@@ -460,7 +468,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
       if (i >= cut.packs) break;
       Pack<S> grad;
       A logit[N];
-      widen_run(raw[u], logit);
+      widen_run(kShifted ? straddling(raw[u], behind[u], into) : raw[u], logit);
       if (has_loss) {
 #pragma unroll
         for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, logit[k], p_k[u][k], c + k));
@@ -473,7 +481,11 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
 #pragma unroll
         for (int k = 0; k < N; k++) x_y = y == c + k ? logit[k] : x_y;
       }
-      store_run(out + cut.head + i * N, grad);
+      if constexpr (kSoft<K>) {
+        store_run(out + cut.head + i * N, grad);
+      } else {
+        store_pack(reinterpret_cast<uint4*>(out + cut.head) + i, grad);
+      }
     }
   }
   if (lane >= cut.packs) started();
@@ -689,6 +701,18 @@ struct CrossEntropy {
     return state_bytes(a, p) + (p.sums > 1 ? p.sums * int64_t(sizeof(Sums)) : 0);
   }
 
+  // Whether logits and gradient could both be taken in packs, but not in the same ones.
+  static bool shifted(const Args& a) {
+    const auto packed = [](const Operand& t) { return t.dtype == kDtype<S> && t.class_stride == 1; };
+    if (!packed(a.logits) || !packed(a.grad_logits)) return false;
+    const auto first = [](const Operand& t) { return reinterpret_cast<uintptr_t>(t.data); };
+    bool same = (first(a.logits) - first(a.grad_logits)) % 16 == 0;
+    for (int d = 0; d < a.rows.dims; d++) {
+      same &= (a.logits.stride[d] - a.grad_logits.stride[d]) * int64_t(sizeof(S)) % 16 == 0;
+    }
+    return !same;
+  }
+
   template <Target K>
   static void launch_rows(const Args& a, const Device& d, const Plan& p, void* scratch) {
     const auto stream = static_cast<cudaStream_t>(d.stream);
@@ -728,7 +752,10 @@ struct CrossEntropy {
         return launch(backward_pixels<S, K>, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
       }
       const dim3 grid(unsigned(p.blocks), unsigned(p.parts));
-      launch(backward_rows<S, K>, grid, p.row.threads, stream, 1, a, p.spread);
+      if constexpr (!kSoft<K>) {
+        if (shifted(a)) return launch(backward_rows<S, K, true>, grid, p.row.threads, stream, 1, a, p.spread);
+      }
+      launch(backward_rows<S, K, false>, grid, p.row.threads, stream, 1, a, p.spread);
     });
   }
 

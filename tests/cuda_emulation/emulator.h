@@ -629,6 +629,9 @@ inline float perturbed([[maybe_unused]] float x, float y, [[maybe_unused]] int u
 #define blockIdx (::emulator::self().block->index)
 #define blockDim (::emulator::self().block->size)
 #define gridDim (::emulator::self().block->grid)
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t bits) {
+  return uint32_t(((uint64_t(high) << 32) | low) >> (bits % 32));
+}
 #define __syncthreads() ::emulator::barrier(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, distance) ::emulator::shuffle_xor(mask, value, distance, __FILE__, __LINE__)
 namespace cece::cuda {
