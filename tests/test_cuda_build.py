@@ -69,6 +69,10 @@ HOT_LOOPS = {
     ("f32", "binary_backward", "input"): (8, 29, 4),
 }
 
+# Instructions that a warp takes to merge its lanes' states of a row, for the shuffles it takes: the maximum's and as
+# many for each sum. A row of 1024 classes in bfloat16 has 340 beside them.
+MERGES = {("forward_rows", 0): (10, 60), ("forward_rows", 1): (20, 80)}
+
 
 def cuda_home():
     nvcc = shutil.which("nvcc")
@@ -243,6 +247,11 @@ def test_hot_loops(dump, dtype):
         print(f"{dtype:5s}{name[0]:16s} {name[1]!s:6s} {each:5.1f} instructions, {before_use} loads under way")
         if each > limit or before_use < loads:
             wrong.append(f"{name}: {each:.1f} instructions for {limit}, {before_use} loads for {loads}")
+    for name, (shuffles, limit) in MERGES.items():
+        merge = found[name].instructions_a_merge(shuffles)
+        print(f"{dtype:5s}{name[0]:16s} {name[1]!s:6s} {merge:5d} instructions to merge a warp")
+        if merge > limit:
+            wrong.append(f"{name}: {merge} instructions to merge a warp for {limit}")
     assert not wrong, wrong
 
 
