@@ -232,6 +232,23 @@ def test_clusters(emulated, order):
         seed(1)
 
 
+def test_backward_fills_the_gpu(tmp_path):
+    """However many wide rows there are, few multiprocessors wait for the last blocks, 4 of which run on each."""
+    (tmp_path / "tune.cpp").write_text("""#include <cstdio>
+#include "cuda/tune.h"
+int main() {
+  for (int rows = 1; rows <= 6000; rows++) {
+    std::printf("%d ", cece::cuda::row_parts(rows, 2 * 128256, cece::cuda::kBackwardBlocks * 132));
+  }
+}""")
+    compile_all([[*compiler(), "-std=c++17", f"-I{ROOT}/csrc", tmp_path / "tune.cpp", "-o", tmp_path / "tune"]])
+    parts = run(tmp_path / "tune").stdout.split()
+    blocks = torch.arange(1, 6001) * torch.tensor([int(p) for p in parts])
+    used = blocks / 528 / (blocks / 528).ceil()
+    assert used[199:].min() > 0.75 and used[199:1100].mean() > 0.92  # 0.38 and 0.72 where parts are the forward's
+    assert parts[-1] == "1" and int(parts[0]) >= 7
+
+
 def test_bad_labels(emulated):
     """NaN in its row, which is how CUDA says it, and in no other."""
     for logits in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(4, 3000), torch.randn(4, 40001)):

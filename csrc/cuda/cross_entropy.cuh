@@ -696,13 +696,13 @@ struct CrossEntropy {
     int64_t blocks;
     int sums;
   };
-  static Plan plan(const Args& a, const Device& d) {
+  static Plan plan(const Args& a, const Device& d, int64_t blocks = kForwardBlocks) {
     Plan p{};
     const int64_t bytes = a.classes * int64_t(sizeof(S));
     p.pixels = pixels_across_threads(a);
     p.slices = pixel_slices(a.rows.count, a.classes, d.multiprocessors);
     p.row = row_launch(bytes);
-    p.parts = p.pixels ? 1 : row_parts(a.rows.count, bytes, d.multiprocessors);
+    p.parts = p.pixels ? 1 : row_parts(a.rows.count, bytes, blocks * d.multiprocessors);
     p.clusters = d.clusters && p.parts > 1 && p.parts <= kMaxCluster;
     p.spread = {p.row.lanes, 0, (a.classes + p.parts - 1) / p.parts};
     while (1 << p.spread.shift < p.row.lanes) p.spread.shift++;
@@ -763,7 +763,7 @@ struct CrossEntropy {
 
   static void backward(const Args& a, const Device& d) {
     const auto stream = static_cast<cudaStream_t>(d.stream);
-    const Plan p = plan(a, d);
+    const Plan p = plan(a, d, kBackwardBlocks);
     if (a.rows.count == 0 || a.classes == 0) return;
     visit_target(a, [&](auto kind) {
       constexpr Target K = decltype(kind)::value;
