@@ -151,6 +151,12 @@ struct LogSumExp {
     rest = select(bigger, o.rest + (rest + T(1)) * z, rest + (o.rest + T(1)) * z);
     max = select(bigger, o.max, max);
   }
+  // To merge many at once: what this one adds to `rest` at the greatest of their maxima. One of those that have it
+  // leads, and alone leaves its term out.
+  template <class Mask>
+  CECE_HD T share(T greatest_max, Mask leads) const {
+    return select(leads, rest, (rest + T(1)) * exp_nonpositive(max - greatest_max));
+  }
   CECE_HD void push(T x) {  // merge({x, 0}) without its zeros
     const T d = x - max, z = exp_nonpositive(-abs_(d));
     const auto bigger = greater(d, T(0));
