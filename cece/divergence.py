@@ -7,23 +7,18 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _script
+from ._arguments import as_float, check_tensors, not_for_dtensors
 from ._script import scripted_as
-from .functional import _check_tensors, _dtensor_among, _float
+from .functional import _divisor
 
 __all__ = ["js_divergence", "kl_divergence"]
 
 
 def _check(loss: str, required: dict[str, object], optional: dict[str, object], temperature: Any) -> float:
-    """Types; returns the temperature as a float. DTensors are refused."""
-    _check_tensors(loss, required, optional)
-    tensors = [t for t in (*required.values(), *optional.values()) if isinstance(t, Tensor)]
-    if _dtensor_among(*tensors):
-        raise NotImplementedError(f"cece.{loss}: DTensors are not supported, pass the local tensors (to_local())")
-    return temperature if type(temperature) is float else _float(loss, "temperature", temperature)
-
-
-def _check_normalizer(loss: str, normalizer: Any) -> Any:
-    return normalizer if normalizer is None or isinstance(normalizer, Tensor) else _float(loss, "normalizer", normalizer)
+    """Types; returns the temperature as a float."""
+    check_tensors(loss, required, optional)
+    not_for_dtensors(loss, *(t for t in (*required.values(), *optional.values()) if isinstance(t, Tensor)))
+    return temperature if type(temperature) is float else as_float(loss, "temperature", temperature)
 
 
 @scripted_as(_script.kl_divergence)
@@ -82,10 +77,10 @@ def kl_divergence(
 
     Source: Kullback and Leibler (1951); Hinton, Vinyals, Dean (2015), "Distilling the Knowledge in a Neural Network".
     """
-    if has_torch_function_variadic(logits, target_logits, mask, token_weight, target_indices):
+    if has_torch_function_variadic(logits, target_logits, mask, token_weight, normalizer, target_indices):
         return handle_torch_function(
             kl_divergence,
-            (logits, target_logits, mask, token_weight, target_indices),
+            (logits, target_logits, mask, token_weight, normalizer, target_indices),
             logits,
             target_logits,
             temperature=temperature,
@@ -99,7 +94,7 @@ def kl_divergence(
     required: dict[str, object] = {"logits": logits, "target_logits": target_logits}
     optional: dict[str, object] = {"mask": mask, "token_weight": token_weight, "target_indices": target_indices}
     temperature = _check("kl_divergence", required, optional, temperature)
-    normalizer = _check_normalizer("kl_divergence", normalizer)
+    normalizer = _divisor("kl_divergence", normalizer)
     return _script.kl_divergence(
         logits, target_logits, temperature, reduction, mask, token_weight, normalizer, target_indices, tail
     )
@@ -139,10 +134,10 @@ def js_divergence(
 
     Source: Lin (1991), "Divergence Measures Based on the Shannon Entropy".
     """
-    if has_torch_function_variadic(logits, other_logits, mask, token_weight):
+    if has_torch_function_variadic(logits, other_logits, mask, token_weight, normalizer):
         return handle_torch_function(
             js_divergence,
-            (logits, other_logits, mask, token_weight),
+            (logits, other_logits, mask, token_weight, normalizer),
             logits,
             other_logits,
             temperature=temperature,
@@ -154,5 +149,5 @@ def js_divergence(
     required: dict[str, object] = {"logits": logits, "other_logits": other_logits}
     optional: dict[str, object] = {"mask": mask, "token_weight": token_weight}
     temperature = _check("js_divergence", required, optional, temperature)
-    normalizer = _check_normalizer("js_divergence", normalizer)
+    normalizer = _divisor("js_divergence", normalizer)
     return _script.js_divergence(logits, other_logits, temperature, reduction, mask, token_weight, normalizer)

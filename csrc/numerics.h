@@ -160,6 +160,12 @@ struct LogSumExp {
     rest = select(bigger, o.rest + (rest + T(1)) * z, rest + (o.rest + T(1)) * z);
     max = select(bigger, o.max, max);
   }
+  // To merge many at once: what this one adds to `rest` at the greatest of their maxima. One of those that have it
+  // leads, and alone leaves its term out.
+  template <class Mask>
+  CECE_HD T share(T greatest_max, Mask leads) const {
+    return select(leads, rest, (rest + T(1)) * exp_nonpositive(max - greatest_max));
+  }
   CECE_HD void push(T x) {  // merge({x, 0}) without its zeros
     const T d = x - max, z = exp_nonpositive(-abs_(d));
     const auto bigger = greater(d, T(0));
@@ -257,6 +263,61 @@ CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {
   return times(kept, expm1_nonpositive(-nll)) + (exp_nonpositive(-nll) * spread_mass - q);
 }
 
+// --------------------------------------------------------------------------------- statistics of a row
+
+// What else a row says: with u_j = max - x_j >= 0 and p_j = e^{-u_j} / (1 + rest)
+//   heat       E   = sum_j p_j u_j
+//   entropy    H   = - sum_j p_j log p_j = log_sum + E
+//   logsumexp      = max + log_sum
+//   collision      = sum_j p_j^2 = 1 - spread          (two draws agree; e^{-Renyi's entropy of order 2})
+// `square` is the sum of e^{-2 u_j} without one maximal term, as `rest` is of e^{-u_j}; nothing cancels in either.
+template <class T>
+struct Moments : LogSumExp<T> {
+  T heat = T(0);     // sum_j e^{-u_j} u_j
+  T square = T(-1);  // the empty sum, as rest
+  using LogSumExp<T>::max, LogSumExp<T>::rest;
+
+  CECE_HD void merge(const Moments& o) {
+    const T d = o.max - max, far = abs_(d), z = exp_nonpositive(-far);
+    const auto bigger = greater(d, T(0));
+    const T low_rest = select(bigger, rest, o.rest) + T(1), low_heat = select(bigger, heat, o.heat);
+    const T low_square = select(bigger, square, o.square) + T(1);
+    heat = select(bigger, o.heat, heat) + times(z, low_heat + far * low_rest);
+    square = select(bigger, o.square, square) + z * z * low_square;
+    rest = select(bigger, o.rest, rest) + z * low_rest;
+    max = select(bigger, o.max, max);
+  }
+  CECE_HD void push(T x) {
+    Moments o;
+    o.max = x, o.rest = o.square = T(0);
+    merge(o);
+  }
+  CECE_HD T mean_heat() const { return heat / (T(1) + rest); }
+  CECE_HD T collision() const { return (T(1) + square) / ((T(1) + rest) * (T(1) + rest)); }
+  CECE_HD T spread() const { return (rest * (T(2) + rest) - square) / ((T(1) + rest) * (T(1) + rest)); }
+};
+
+// Their derivatives: each is p_j times one of these, for incoming gradients of 1
+//   logsumexp 1       entropy u_j - E       collision 2 (p_j - sum_k p_k^2)
+// p_j - sum p^2 from two small numbers where p_j is nearly all there is.
+template <class T>
+CECE_HD T above_collision(T p, T minus_log_p, T spread) {
+  return select(greater(p, T(0.5)), spread + expm1_nonpositive(-minus_log_p), p - (T(1) - spread));
+}
+
+// A row's logits may be changed on the way in, z = scale x or z = cap tanh(scale x / cap), which no logit leaves
+// ("soft capping", Gemma Team 2024, section 2). Here w = |scale x / cap|, and 1 - tanh^2 is not formed as a difference.
+template <class T>
+CECE_HD T tanh_nonnegative(T w) {
+  const T t = expm1_nonpositive(-(w + w));
+  return -t / (T(2) + t);
+}
+template <class T>
+CECE_HD T tanh_slope(T w) {
+  const T e = exp_nonpositive(-(w + w)), d = T(1) + e;
+  return T(4) * e / (d * d);
+}
+
 // --------------------------------------------------------------------------------- divergences of two rows
 
 // Of p = softmax(x / T) and q = softmax(y / T), with d_j = log q_j - log p_j and m = (p + q) / 2:
@@ -300,10 +361,10 @@ CECE_HD T settled(T x) {
 
 // p and q of a class, by the greater of them.
 template <class T>
-struct Shares {
+struct ClassPair {
   T d, distance, most, drop;  // log q - log p, |d|, max(p, q), e^-|d| - 1
 
-  CECE_HD Shares(const Pair<T>& pair, T x, T y)
+  CECE_HD ClassPair(const Pair<T>& pair, T x, T y)
       : d(pair.log_ratio(x, y)),
         distance(abs_(d)),
         most(exp_nonpositive(-lesser(pair.surprise(x, 0), pair.surprise(y, 1)))),
@@ -341,7 +402,7 @@ struct KullbackLeibler {
     }
   };
   template <class T>
-  CECE_HD static void terms(const Shares<T>& s, T (&out)[kSums]) {
+  CECE_HD static void terms(const ClassPair<T>& s, T (&out)[kSums]) {
     const T q = s.q(), left = T(1) + s.drop;
     const T near = q * (s.d * s.d) * power_series<Series>(s.d);
     const T far = s.most * select(s.p_is_greater(), -s.drop - times(left, s.distance), s.drop + s.distance);
@@ -359,7 +420,7 @@ struct KullbackLeibler {
   }
   template <class T>
   CECE_HD static T slope_x(const Pair<T>& pair, T x, T y) {
-    return Shares<T>(pair, x, y).p_minus_q() * pair.cold;
+    return ClassPair<T>(pair, x, y).p_minus_q() * pair.cold;
   }
   template <class T>
   CECE_HD static T slope_y(const Pair<T>& pair, T x, T y) {
@@ -377,11 +438,11 @@ struct JensenShannon {
   };
   // log(max(p, q) / m) = -log(1 + (e^-|d| - 1) / 2)
   template <class T>
-  CECE_HD static T log_of_greater(const Shares<T>& s) {
+  CECE_HD static T log_of_greater(const ClassPair<T>& s) {
     return -log1p_unit(s.drop * T(0.5));
   }
   template <class T>
-  CECE_HD static void terms(const Shares<T>& s, T (&out)[kSums]) {
+  CECE_HD static void terms(const ClassPair<T>& s, T (&out)[kSums]) {
     const T both = T(2) + s.drop, left = T(1) + s.drop, part = reciprocal_unit(both), v = s.drop * part;
     const T log_more = log_of_greater(s), less = times(left, s.distance);
     const T near = s.drop * v * power_series<Series>(v * v), far = both * log_more - less;
@@ -399,7 +460,7 @@ struct JensenShannon {
   }
   template <class T>
   CECE_HD static T slope_x(const Pair<T>& pair, T x, T y) {  // p (log(p / m) - KL(p || m)) / 2
-    const Shares<T> s(pair, x, y);
+    const ClassPair<T> s(pair, x, y);
     const T log_more = log_of_greater(s), log_p = select(greater(s.d, T(0)), log_more - s.distance, log_more);
     return times(exp_nonpositive(-pair.surprise(x, 0)), log_p - pair.level[0]) * (T(0.5) * pair.cold);
   }

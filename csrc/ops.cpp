@@ -17,6 +17,24 @@ TORCH_LIBRARY(cece, m) {
       "cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor stats, "
       "Tensor total_weight, int reduction, int ignore_index, float label_smoothing) -> ()",
       tags);
+  // Each of the rows' shape, or of shape (0) if it is not wanted (1 loss, 2 entropy, 4 logsumexp, 8 collision, 16
+  // argmax). stats: (5, rows...) max, log_sum, mass, heat and spread. softcap 0: none.
+  m.def(
+      "token_statistics_forward(Tensor logits, Tensor? target, Tensor? weight, int ignore_index, float "
+      "label_smoothing, "
+      "float logit_scale, float softcap, bool skip_masked_rows, int wanted) -> (Tensor loss, Tensor entropy, "
+      "Tensor logsumexp, Tensor collision, Tensor argmax, Tensor stats)",
+      tags);
+  m.def(
+      "token_statistics_backward(Tensor? grad_loss, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor? grad_collision, Tensor logits, Tensor? target, Tensor? weight, Tensor stats, int ignore_index, "
+      "float label_smoothing, float logit_scale, float softcap, bool skip_masked_rows) -> Tensor",
+      tags);
+  m.def(
+      "token_statistics_backward_(Tensor? grad_loss, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor? grad_collision, Tensor(a!) logits, Tensor? target, Tensor? weight, Tensor stats, int ignore_index, "
+      "float label_smoothing, float logit_scale, float softcap, bool skip_masked_rows) -> ()",
+      tags);
   m.def(
       "binary_cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
       "bool with_logits, int reduction) -> Tensor",

@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, 
     out = call_divergence_forward(x, y, mask, o);
   }
   const auto& [loss, stats] = out;
-  record<DivergenceBackward>(loss, o, {x, y, get(mask), stats});
+  record<DivergenceBackward>({loss}, o, {x, y, get(mask), stats});
   if (has_tangent(x, y)) {
     const DivergenceFormulas f(primal(x), primal(y), get(mask), stats, o);
     const Tensor dx = tangent(x), dy = tangent(y);
@@ -181,7 +181,7 @@ Tensor divergence_backward(const Tensor& g, const Tensor& x, const Tensor& y, co
     at::AutoDispatchBelowADInplaceOrView below;
     grad = call_divergence_backward(g, x, y, mask, stats, o, of_other);
   }
-  record<DivergenceBackwardBackward>(grad, o, {g, x, y, get(mask), stats});
+  record<DivergenceBackwardBackward>({grad}, o, {g, x, y, get(mask), stats});
   if (has_tangent(g, x, y)) {
     const Tensor px = primal(x), py = primal(y), dg = tangent(g), dx = tangent(x), dy = tangent(y);
     Tensor d;

@@ -50,7 +50,7 @@ struct Divergence {
 
   // sum_i e^{(x_i - max) / T}: all maximal elements but one are counted, so that a small rest keeps its bits.
   static LogSumExp<double> sum_block(const A* x, int64_t n, A cold) {
-    const A max = CrossEntropy<A>::block_max(x, n);
+    const A max = CrossEntropy<A, CrossEntropyArgs>::block_max(x, n);
     const V top(max), scale(cold), zero(A(0)), one(A(1));
     V sum = zero, equals = zero;
     each(n, [&](auto load) __attribute__((always_inline)) {
@@ -92,7 +92,7 @@ struct Divergence {
     std::fill_n(sum, kSums, V(A(0)));
     each(n, [&](auto load) __attribute__((always_inline)) {
       V terms[kSums];
-      Kind::terms(Shares<V>(p, load(x), load(y)), terms);
+      Kind::terms(ClassPair<V>(p, load(x), load(y)), terms);
       for (int k = 0; k < kSums; k++) sum[k] = sum[k] + terms[k];
     });
     for (int k = 0; k < kSums; k++) sums[k] += sum_lanes(sum[k]);

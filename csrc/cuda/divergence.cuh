@@ -76,8 +76,8 @@ __device__ __forceinline__ void store_float(const Operand& t, int64_t i, A value
 }
 
 template <class A>
-__device__ __forceinline__ Shares<A> shares(const Pair<A>& pair, A x, A y) {
-  return Shares<A>(pair, pair.certain[0] ? settled(x) : x, pair.certain[1] ? settled(y) : y);
+__device__ __forceinline__ ClassPair<A> class_pair(const Pair<A>& pair, A x, A y) {
+  return ClassPair<A>(pair, pair.certain[0] ? settled(x) : x, pair.certain[1] ? settled(y) : y);
 }
 
 template <class S, class Kind>
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
       for (int i = 0; i < run; i++) {
         A terms[kSums];
-        Kind::terms(shares(pair, x[i], y[i]), terms);
+        Kind::terms(class_pair(pair, x[i], y[i]), terms);
 #pragma unroll
         for (int k = 0; k < kSums; k++) sums[k].add(terms[k]);
       }
