@@ -152,7 +152,8 @@ def cross_entropy_with_options(
         alive = stats.select(0, 1) > -float("inf") if skip_masked_rows else None
     soft = target.dim() == input.dim()
     if token_weight is not None:
-        loss = _weighted("cross_entropy", loss, token_weight, None if soft else used_labels(target, ignore_index), alive)
+        used = None if soft else used_labels(target, ignore_index)
+        loss = _weighted("cross_entropy", loss, token_weight, used, alive)
     if reduction == 0:
         return loss
     total = loss.sum()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -48,23 +47,25 @@ def kl_divergence(
     *log-probabilities* at this temperature, of which the rest of the probability, the tail's, is what is missing to 1.
 
     Args:
-        logits: shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float64, float32, float16 or bfloat16; any strides,
-            without a copy.
-        target_logits: logits' shape, any of these dtypes. With target_indices: shape ``(K)``, ``(N, K)`` or ``(N, K, d1,
-            ..., dk)``, log-probabilities; only with ``tail="renormalize"`` may they lack a constant.
-        temperature: what the logits are divided by, above 0. Log-probabilities of a top-k teacher are divided by it with
-            ``tail="renormalize"`` only.
+        logits: shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float64, float32, float16 or bfloat16; any
+            strides, without a copy.
+        target_logits: logits' shape, any of these dtypes. With target_indices: shape ``(K)``, ``(N, K)`` or ``(N, K,
+            d1, ..., dk)``, log-probabilities; only with ``tail="renormalize"`` may they lack a constant.
+        temperature: what the logits are divided by, above 0. Log-probabilities of a top-k teacher are divided by it
+            with ``tail="renormalize"`` only.
         reduction: ``'none'``: a value a row, shape ``()``, ``(N)`` or ``(N, d1, ..., dk)``; ``'sum'`` over all rows;
-            ``'mean'`` over all rows (torch's kl_div divides by all elements instead); ``'batchmean'``: the sum divided by
-            N, the size of the first dimension (1 without a batch).
+            ``'mean'`` over all rows (torch's kl_div divides by all elements instead); ``'batchmean'``: the sum divided
+            by N, the size of the first dimension (1 without a batch).
         mask: bool, shape of the rows. Rows where it is False have value and gradient 0, whatever is in them, and do not
             count in the mean.
         token_weight: a factor for each row, shape of the rows. It does not count in the mean.
-        normalizer: a number or a tensor of one, which ``'mean'`` divides by instead of the number of rows. Never synced.
-        target_indices: int64, target_logits' shape: the classes that target_logits are of, without duplicates in a row.
-        tail: of a top-k teacher. ``'lump'``: all other classes are one, of both rows. ``'renormalize'``: the teacher's k
-            probabilities are made to add up to 1. ``'ignore'``: the k terms of the sum as they are, which may come out
-            negative. Any of them costs a float32 copy of the logits, in which the k are struck out, and its gradient.
+        normalizer: a number or a tensor of one, which ``'mean'`` divides by instead of the number of rows. Never
+            synced.
+        target_indices: int64, target_logits' shape: the classes that target_logits are of, no class twice in a row.
+        tail: of a top-k teacher. ``'lump'``: all other classes are one, of both rows. ``'renormalize'``: the teacher's
+            k probabilities are made to add up to 1. ``'ignore'``: the k terms of the sum as they are, which may come
+            out negative. Any of them costs a float32 copy of the logits, in which the k are struck out, and its
+            gradient.
 
     Returns:
         The divergence in nats, float32 (float64 if logits or target_logits are). Differentiable in both.
@@ -118,11 +119,11 @@ def js_divergence(
     :func:`kl_divergence`, whose arguments, reductions and errors it has.
 
     Args:
-        logits: shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float64, float32, float16 or bfloat16; any strides.
+        logits: shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``; float64, float32, float16 or bfloat16.
         other_logits: logits' shape, any of these dtypes.
         temperature: what the logits are divided by, above 0. The result is not multiplied by its square.
-        reduction: ``'none'``: a value a row; ``'sum'``; ``'mean'`` over all rows; ``'batchmean'``: the sum divided by N.
-        mask: bool, shape of the rows: where it is False, value and gradient are 0 and the row does not count in the mean.
+        reduction: ``'none'``: a value a row; ``'sum'``; ``'mean'`` over all rows; ``'batchmean'``: the sum over N.
+        mask: bool, shape of the rows: where False, value and gradient are 0 and the row does not count in the mean.
         token_weight: a factor for each row, shape of the rows. It does not count in the mean.
         normalizer: a number or a tensor of one, which ``'mean'`` divides by instead of the number of rows.
 

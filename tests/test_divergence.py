@@ -1,4 +1,4 @@
-"""Divergences of two rows: values and gradients against an 80-bit truth, every derivative, top-k teachers, identities."""
+"""Divergences of two rows: values and gradients against an 80-bit truth, every order, top-k teachers, identities."""
 
 import itertools
 import os
@@ -67,7 +67,7 @@ def derived(f, x, y, weights=None, **options):
 @pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 0.5, 1.2, 3.0, 20.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(backend, kind, apart):
-    """1e-6 of a value down to 1e-12 nats, with and without an offset; gradients to 4e-6 of themselves, not of p and q."""
+    """1e-6 of a value down to 1e-12 nats, with and without an offset; gradients to 4e-6 of themselves, not of p, q."""
     shapes = [(7, 2), (5, 19), (3, 1025)] + ([(2, 40001)] if backend.name != "emulated" else [])
     for (rows, classes), offset, temperature in itertools.product(shapes, (0.0, 100.0), (1.0, 2.5)):
         x, y = pair(rows, classes, apart, offset)
@@ -317,7 +317,8 @@ def test_derivatives_of_torch_func(backend, kind):
     mask = torch.rand(4, 3) < 0.6
     rows = vmap(lambda x, m: KINDS[kind](x, y, mask=m, reduction="none"))(batch, mask.to(batch.device))
     assert torch.equal(
-        rows, torch.stack([KINDS[kind](b, y, mask=m.to(b.device), reduction="none") for b, m in zip(batch, mask)])  # noqa: B905
+        rows,
+        torch.stack([KINDS[kind](b, y, mask=m.to(b.device), reduction="none") for b, m in zip(batch, mask)]),  # noqa: B905
     )
     pixels, other = torch.randn(2, 3, 5, 2, **f64), torch.randn(3, 5, 2, **f64)
     ours_, theirs_ = (
@@ -539,9 +540,17 @@ ERRORS = [
     (lambda: cece.kl_divergence(x, y, mask=[True]), TypeError, "mask must be a torch.Tensor or None, got list"),
     (lambda: cece.kl_divergence(x, y, temperature="hot"), TypeError, "temperature must be a float, got str"),
     (lambda: cece.kl_divergence(x, y, normalizer="many"), TypeError, "normalizer must be a float, got str"),
-    (lambda: cece.kl_divergence(x.long(), y), RuntimeError, "logits must be float64, float32, float16 or bfloat16, got"),
+    (
+        lambda: cece.kl_divergence(x.long(), y),
+        RuntimeError,
+        "logits must be float64, float32, float16 or bfloat16, got",
+    ),
     (lambda: cece.js_divergence(x, y.long()), RuntimeError, "other_logits must be float64, .* got Long"),
-    (lambda: cece.kl_divergence(x, y.to("meta")), RuntimeError, "target_logits must be on input's device cpu, got meta"),
+    (
+        lambda: cece.kl_divergence(x, y.to("meta")),
+        RuntimeError,
+        "target_logits must be on input's device cpu, got meta",
+    ),
     (lambda: cece.kl_divergence(x[0, 0], y[0, 0]), RuntimeError, r"logits must have shape \(C\), .* got \[\]"),
     (lambda: cece.kl_divergence(x, y[:1]), ValueError, r"target_logits must have logits' shape \[2, 3\], got \[1, 3\]"),
     (lambda: cece.js_divergence(x, y.t()), ValueError, r"other_logits must have logits' shape \[2, 3\], got \[3, 2\]"),
@@ -552,12 +561,32 @@ ERRORS = [
     (lambda: cece.kl_divergence(x, y, mask=torch.ones(3).bool()), ValueError, r"mask must have the rows' shape \[2\]"),
     (lambda: cece.kl_divergence(x, y, reduction="avg"), ValueError, "reduction must be 'none', .* got 'avg'"),
     (lambda: cece.kl_divergence(x, y, reduction=None), ValueError, "reduction must be 'none', .* got None"),
-    (lambda: cece.kl_divergence(x, y, normalizer=2, reduction="sum"), ValueError, "normalizer is what 'mean' divides by"),
-    (lambda: cece.kl_divergence(x, y, normalizer=y), ValueError, r"normalizer must be a number or a tensor of one, got shape \(2, 3\)"),
-    (lambda: cece.kl_divergence(x, y, token_weight=x), ValueError, r"token_weight must have the shape of .* \[2\], got"),
+    (
+        lambda: cece.kl_divergence(x, y, normalizer=2, reduction="sum"),
+        ValueError,
+        "normalizer is what 'mean' divides by",
+    ),
+    (
+        lambda: cece.kl_divergence(x, y, normalizer=y),
+        ValueError,
+        r"normalizer must be a number or a tensor of one, got shape \(2, 3\)",
+    ),
+    (
+        lambda: cece.kl_divergence(x, y, token_weight=x),
+        ValueError,
+        r"token_weight must have the shape of .* \[2\], got",
+    ),
     (lambda: cece.kl_divergence(x, y, target_indices=i), ValueError, "target_logits and target_indices must both have"),
-    (lambda: cece.kl_divergence(x, i.float(), target_indices=i.int()), RuntimeError, "target_indices must be int64, got"),
-    (lambda: cece.kl_divergence(x, i.float(), target_indices=i, tail="cut"), ValueError, "tail must be 'lump', .* 'cut'"),
+    (
+        lambda: cece.kl_divergence(x, i.float(), target_indices=i.int()),
+        RuntimeError,
+        "target_indices must be int64, got",
+    ),
+    (
+        lambda: cece.kl_divergence(x, i.float(), target_indices=i, tail="cut"),
+        ValueError,
+        "tail must be 'lump', .* 'cut'",
+    ),
     (lambda: cece.kl_divergence(x, i.float(), target_indices=i, temperature=0), ValueError, "temperature must be"),
     (lambda: cece.kl_divergence(x, i.float(), target_indices=i + 3), RuntimeError, "index 3 is out of bounds"),
 ]
