@@ -225,8 +225,17 @@ def check_targets(target: Tensor, num_classes: int, ignore_index: int = -100) ->
 # ---- divergences of two rows: what is here is the functions' own body, too (divergence.py)
 
 
+def check_choice(loss: str, name: str, value: str, choices: list[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        wanted = "', '".join(choices)
+        raise ValueError(f"cece.{loss}: {name} must be one of '{wanted}', got '{value}'")
+
+
 def sum_in_order(rows: Tensor) -> Tensor:
     """The sum, in an order that the number of rows alone decides: torch's own depends on the number of threads."""
+    if not torch.jit.is_scripting():  # a constant there, so what follows is left out
+        if not torch.compiler.is_compiling() and rows.numel() <= 32768:  # torch takes one thread
+            return rows.sum(dtype=torch.float64).to(rows.dtype)
     flat = rows.flatten()
     blocks = (flat.numel() + 1023) // 1024
     padded = torch.nn.functional.pad(flat, [0, blocks * 1024 - flat.numel()])
@@ -242,10 +251,9 @@ def reduce_rows(
     normalizer: Tensor | float | None,
 ) -> Tensor:
     """Rows' values, 0 where masked, times their weights and reduced."""
-    if not isinstance(reduction, str) or reduction not in ["mean", "sum", "none", "batchmean"]:
-        raise ValueError(f"cece.{loss}: reduction must be 'none', 'mean', 'batchmean' or 'sum', got {reduction!r}")
+    check_choice(loss, "reduction", reduction, ["none", "mean", "batchmean", "sum"])
     if normalizer is not None and reduction != "mean":
-        raise ValueError(f"cece.{loss}: normalizer is what 'mean' divides by, got it with reduction {reduction!r}")
+        raise ValueError(f"cece.{loss}: normalizer is what 'mean' divides by, got it with reduction '{reduction}'")
     if token_weight is not None:
         rows = _weighted(loss, rows, token_weight, mask, None)
     if reduction == "none":
@@ -257,7 +265,7 @@ def reduce_rows(
         return total / (rows.shape[0] if rows.dim() > 0 else 1)
     if normalizer is not None:
         return over(total, normalizer)
-    return total / (rows.numel() if mask is None else mask.sum())
+    return total / rows.numel() if mask is None else total / mask.sum()
 
 
 def kl_divergence(
@@ -296,8 +304,7 @@ def top_k_divergence(
 ) -> Tensor:
     """KL(q || p) a row where log q is known at some classes. By the chain rule of divergences: what the k classes
     differ in among themselves, and what they and all others differ in as wholes. Nothing here cancels."""
-    if not isinstance(tail, str) or tail not in ["lump", "renormalize", "ignore"]:
-        raise ValueError(f"cece.kl_divergence: tail must be 'lump', 'renormalize' or 'ignore', got {tail!r}")
+    check_choice("kl_divergence", "tail", tail, ["lump", "renormalize", "ignore"])
     if not temperature > 0.0:
         raise ValueError(f"cece.kl_divergence: temperature must be a finite number above 0, got {temperature}")
     dim = 0 if logits.dim() == 1 else 1
@@ -324,10 +331,10 @@ def top_k_divergence(
     x_k, log_q, x = x_k / temperature, log_q / temperature, x / temperature
     # how much less all others have than the k: log(others / k)
     if values.shape[dim] < logits.shape[dim]:
-        others = x.scatter(dim, indices, -torch.inf).logsumexp(dim)
+        others = x.scatter(dim, indices, -float("inf")).logsumexp(dim)
         margin = others - x_k.logsumexp(dim)
     else:
-        margin = torch.full_like(among, -torch.inf)
+        margin = torch.full_like(among, -float("inf"))
     if mask is not None:
         margin = margin.masked_fill(~mask, 0.0)
     minus_log_p = torch.nn.functional.softplus(margin)  # of all k
@@ -338,8 +345,8 @@ def top_k_divergence(
         rows = log_mass.exp() * (among + minus_log_p + log_mass)
     else:
         rest = -torch.expm1(log_mass)
-        some = (rest > 0) & (margin > -torch.inf)
-        log_rest = torch.where(some, torch.where(some, rest, 1.0).log(), -torch.inf)
+        some = (rest > 0) & (margin > -float("inf"))
+        log_rest = torch.where(some, torch.where(some, rest, 1.0).log(), -float("inf"))
         ours, theirs = torch.stack([torch.zeros_like(margin), margin], 1), torch.stack([log_mass, log_rest], 1)
         as_wholes = torch.ops.cece.divergence_forward(ours, theirs, mask, 1.0, False)[0]
         rows = log_mass.exp() * among + as_wholes

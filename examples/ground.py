@@ -53,7 +53,7 @@ def draw(output: Path, q: float = 0.8) -> None:
     left.plot(p[lowest], cross[lowest], "o", color=BLUE)
     left.annotate(f"lowest at p = q = {q:g}", (p[lowest], cross[lowest]), (0.42, 1.6), arrowprops={"arrowstyle": "->"})
     left.text(0.2, float(floor[0]) / 2, "entropy H(q): cannot be learned away", va="center")
-    left.text(0.14, 0.72, "divergence KL(q || p):\nwhat the wrong belief costs", color=RED)
+    left.text(0.02, 0.58, "divergence KL(q || p):\nwhat the wrong belief costs", color=RED, fontsize=8)
     left.text(0.13, 1.95, "cross-entropy H(q, p)", color=BLUE)
     left.set(xlim=(0, 1), ylim=(0, 2.5), xlabel="belief p in yes", ylabel="nats")
     left.set_title(f"Yes comes with probability q = {q:g}")

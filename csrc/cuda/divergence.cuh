@@ -18,6 +18,7 @@ struct PairSeen {
 
   __device__ __forceinline__ void merge(const PairSeen& o) {
     cold = greatest(cold, o.cold);
+#pragma unroll
     for (int i = 0; i < 2; i++) of[i].merge(o.of[i], ExpOfScaled<A>{cold});
   }
 };
