@@ -292,7 +292,7 @@ def test_sums_do_not_depend_on_threads_and_do_not_drift():
 @pytest.mark.parametrize("kind, masked", list(itertools.product(KINDS, (False, True))))
 def test_every_order(kind, masked):
     f = KINDS[kind]
-    for shape, reduction in [((2, 4, 2), "none"), ((3, 4), "mean"), ((4,), "sum")]:
+    for shape, reduction in [((2, 3, 2), "none"), ((2, 3), "mean"), ((3,), "sum")]:
         x, y = (torch.randn(shape, **f64).requires_grad_() for _ in range(2))
         mask = (torch.arange(x[..., 0].numel() if x.dim() == 2 else x.shape[0] * 2) % 3 > 0) if masked else None
         if masked:
