@@ -54,7 +54,8 @@ struct Divergence {
     const V top(max), scale(cold), zero(A(0)), one(A(1));
     V sum = zero, equals = zero;
     each(n, [&](auto load) __attribute__((always_inline)) {
-      const V x_i = load(x), is_top = equal(x_i, top);
+      const V x_i = load(x);
+      const auto is_top = equal(x_i, top);
       sum = sum + select(is_top, zero, exp_nonpositive((x_i - top) * scale));
       equals = equals + select(is_top, one, zero);
     });

@@ -16,6 +16,19 @@ inline namespace CPU_CAPABILITY {
 CECE_VEC Vec<A> select(Vec<A> mask, Vec<A> a, Vec<A> b) { return Vec<A>::blendv(b, a, mask); }
 CECE_VEC Vec<A> greater(Vec<A> a, Vec<A> b) { return a > b; }
 CECE_VEC Vec<A> equal(Vec<A> a, Vec<A> b) { return a == b; }
+CECE_VEC Vec<A> lesser(Vec<A> x, Vec<A> m) { return at::vec::clamp_max(x, m); }  // one instruction, NaN where x is
+#ifdef CPU_CAPABILITY_AVX512  // masks in registers of their own: at::vec's are vectors, which takes two more
+                              // instructions
+inline __attribute__((always_inline)) __mmask16 greater(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+inline __attribute__((always_inline)) __mmask16 equal(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+}
+inline __attribute__((always_inline)) Vec<float> select(__mmask16 mask, Vec<float> a, Vec<float> b) {
+  return _mm512_mask_blend_ps(mask, b, a);
+}
+#endif
 CECE_VEC Vec<A> abs_(Vec<A> x) { return x.abs(); }
 CECE_VEC Vec<A> log1p_(Vec<A> z) { return z.log1p(); }
 
