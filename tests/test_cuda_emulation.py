@@ -249,6 +249,20 @@ int main() {
     assert parts[-1] == "1" and int(parts[0]) >= 7
 
 
+def test_no_launch_but_the_kernels(emulated):
+    """Each of torch's own kernels is a launch, a microsecond or two: without a reduction there is ours and no other."""
+    for logits in (torch.randn(5, 7), torch.randn(7, 5).t(), torch.randn(2, 40001)):
+        x, labels = logits.requires_grad_(), torch.arange(len(logits))
+        for reduction in ("none", "mean"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                loss = cece.cross_entropy(x, labels, reduction=reduction)
+            said = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+            assert said <= {"aten::empty"}, said
+    total = torch.ops.cece.cross_entropy_forward(x, labels, None, 0, -100, 0.0)[2]
+    assert total == 1 and loss.isfinite()
+    assert torch.ops.cece.cross_entropy_forward(x[:0], labels[:0], None, 0, -100, 0.0)[2] == 1
+
+
 def test_bad_labels(emulated):
     """NaN in its row, which is how CUDA says it, and in no other."""
     for logits in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(4, 3000), torch.randn(4, 40001)):

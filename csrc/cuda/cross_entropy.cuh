@@ -334,6 +334,7 @@ template <class S, Target K>
 __device__ __forceinline__ void finish(const RowArgs<AccOf<S>>& a, int64_t row, const Labelled<AccOf<S>>& l,
                                        const RowState<K, AccOf<S>>& s) {
   using A = AccOf<S>;
+  if (row == 0 && a.reduction == Reduction::none) *static_cast<A*>(a.total_weight) = A(1);
   if (!used<K>(l.y)) {
     const A v = l.y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0);
     return write_row(a, row, v, v, v, v);
