@@ -353,7 +353,9 @@ struct Spread {
   int64_t part;
 
   __device__ int lane() const { return threadIdx.x & (lanes - 1); }
-  __device__ int64_t row() const { return int64_t(blockIdx.x) * (blockDim.x >> shift) + (threadIdx.x >> shift); }
+  __device__ int64_t row(unsigned block) const {
+    return int64_t(block) * (blockDim.x >> shift) + (threadIdx.x >> shift);
+  }
   __device__ int64_t begin() const { return blockIdx.y * part; }
   __device__ int64_t end(int64_t classes) const { return begin() + part < classes ? begin() + part : classes; }
   // Rows of many threads are not read on where they have no loss. Short ones are, rather than wait for the label.
@@ -365,7 +367,7 @@ template <class S, Target K>
 __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
     forward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread, RowState<K, AccOf<S>>* states) {
   const int lane = spread.lane();
-  const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
+  const int64_t row = spread.row(blockIdx.x), begin = spread.begin(), end = spread.end(a.classes);
   const bool exists = row < a.rows.count;
   RawLabel raw;
   if (exists) raw = load_label<K>(a, row);
@@ -435,6 +437,9 @@ __device__ __forceinline__ A unused_slope(int64_t y) {
   return y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0);
 }
 
+// Backward goes through the rows from the last to the first: what forward read last is still in the L2, 50 MB of it.
+__device__ __forceinline__ unsigned from_the_last() { return gridDim.x - 1 - blockIdx.x; }
+
 // As forward_rows. Every element is read and written by the same thread, so the gradient may overwrite the logits.
 // kShifted: for rows of logits and gradient that lie otherwise to 16 bytes, as those of a padded vocabulary and a dense
 // gradient do. Packs are then the gradient's, each loaded as the two of the logits that it lies in: the second is in
@@ -445,7 +450,7 @@ __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K>
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize, U = kPacks / 2;  // read and written: as many bytes in flight
   const int lane = spread.lane(), lanes = spread.lanes;
-  const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
+  const int64_t row = spread.row(from_the_last()), begin = spread.begin(), end = spread.end(a.classes);
   if (row >= a.rows.count) return;
   const int64_t at_x = offset_of(a.rows, a.logits, row) + begin * a.logits.class_stride;
   const int64_t at_out = offset_of(a.rows, a.grad_logits, row) + begin * a.grad_logits.class_stride;
@@ -599,7 +604,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
     backward_pixels(const __grid_constant__ RowArgs<AccOf<S>> a, int slices) {
   using A = AccOf<S>;
   const int pixels = blockDim.x / slices, slice = threadIdx.x / pixels;
-  const int64_t row = int64_t(blockIdx.x) * pixels + threadIdx.x % pixels;
+  const int64_t row = int64_t(from_the_last()) * pixels + threadIdx.x % pixels;
   if (row >= a.rows.count) return;
   const int64_t y = label<K>(a, row);
   RowGrad<A> r = load_row_grad<A>(a, row);
