@@ -32,6 +32,9 @@ HOT_LOOPS = {
     ("bf16", "forward_pixels", 0): (8, 19, 7),
     ("bf16", "forward_pixels", 1): (8, 34, 7),
     ("bf16", "backward_pixels", 0): (8, 28, 7),
+    ("bf16", "forward_pixels pairs", 0): (16, 16, 7),
+    ("bf16", "forward_pixels pairs", 1): (16, 25, 7),
+    ("bf16", "backward_pixels pairs", 0): (16, 24, 7),
     ("bf16", "binary_forward", "input"): (16, 28, 4),
     ("bf16", "binary_forward", "bool"): (16, 30, 4),
     ("bf16", "binary_forward", "f32"): (16, 28, 6),
@@ -172,15 +175,17 @@ def kernels(sass):
 def kernel_name(mangled):
     """ "forward_rows" and its kind of target, 0 to 4, or 0; of a binary loss on logits the target's type, else None.
 
-    "backward_rows shifted": the kernel for rows whose gradient lies otherwise to 16 bytes than the logits.
+    "backward_rows shifted": the kernel for rows whose gradient lies otherwise to 16 bytes than the logits;
+    "forward_pixels pairs": two pixels a thread.
     """
     name = re.search(r"4cuda\d+(\w+?)I", mangled)[1]
     if name.startswith("binary"):
         kind = re.search(r"WithLogitsE(\w+?)EE", mangled)
         kinds = {"v": "any", "h": "bool", "f": "input" if re.search(rf"{name}If", mangled) else "f32"}
         return name, kind and kinds.get(kind[1], "input")
-    kind = re.search(r"TargetE(\d)(ELb1)?", mangled)
-    return name + " shifted" * bool(kind and kind[2]), int(kind[1]) if kind else 0
+    kind = re.search(r"TargetE(\d)(ELb1|ELi2)?", mangled)
+    special = {"ELb1": " shifted", "ELi2": " pairs"}
+    return name + special.get(kind and kind[2], ""), int(kind[1]) if kind else 0
 
 
 TARGETS = ["label", "smoothing", "probabilities", "smoothing with class weights"]

@@ -29,6 +29,8 @@ REGISTERS = {
     "backward_rows shifted": {"32": (80, 80, 0, 96), "f16": (80, 80, 0, 112), "f64": (96, 96, 0, 96)},
     "forward_pixels": {"32": (72, 80, 104, 80, 104), "f64": (168, 216, 216, 184)},
     "backward_pixels": {"32": (64, 64, 88, 64, 104), "f64": (128, 128, 176, 128)},
+    "forward_pixels pairs": {"32": (72, 80)},
+    "backward_pixels pairs": {"32": (64, 64)},
     "finish_rows": {"32": (48, 48, 48, 48, 48), "f64": (64, 64, 64, 64)},
     "binary_forward": {"32": (64,), "f16": (80,), "f64": (88,)},
     "binary_backward": {"32": (64,), "f16": (80,), "f64": (88,)},
@@ -129,7 +131,7 @@ def test_registers_and_no_spills(dump, dtype):
                 limits = REGISTERS[name].get(dtype, REGISTERS[name]["32"])
                 limit = limits[0 if name.startswith("binary") else kind]
                 assert int(registers) <= limit, f"{mangled}: {registers} registers, {limit} expected"
-    assert seen == set(REGISTERS)
+    assert seen == {name for name in REGISTERS if dtype in ("f16", "bf16") or "pairs" not in name}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
