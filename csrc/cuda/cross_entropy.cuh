@@ -481,7 +481,11 @@ __device__ __forceinline__ void finish(const ArgsOf<S, K>& a, int64_t row, const
   using A = AccOf<S>;
   const A log_sum = s.lse.log_sum(), infinity = std::numeric_limits<A>::infinity();
   bool has_loss = used<K>(l.y);
-  if constexpr (kFull<K>) has_loss = has_loss && !(a.skip_masked_rows && log_sum == -infinity);
+  if constexpr (kFull<K>) {
+    has_loss = has_loss && !(a.skip_masked_rows && log_sum == -infinity);
+  } else {
+    if (row == 0 && a.reduction == Reduction::none) *static_cast<A*>(a.total_weight) = A(1);
+  }
   if (!has_loss) {
     const A v = l.y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0);
     const bool masked = kFull<K> && used<K>(l.y);  // known by its log_sum
@@ -510,7 +514,9 @@ struct Spread {
   int64_t part;
 
   __device__ int lane() const { return threadIdx.x & (lanes - 1); }
-  __device__ int64_t row() const { return int64_t(blockIdx.x) * (blockDim.x >> shift) + (threadIdx.x >> shift); }
+  __device__ int64_t row(unsigned block) const {
+    return int64_t(block) * (blockDim.x >> shift) + (threadIdx.x >> shift);
+  }
   __device__ int64_t begin() const { return blockIdx.y * part; }
   __device__ int64_t end(int64_t classes) const { return begin() + part < classes ? begin() + part : classes; }
   // Rows of many threads are not read on where they have no loss. Short ones are, rather than wait for the label.
@@ -522,7 +528,7 @@ template <class S, Target K>
 __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
     forward_rows(const __grid_constant__ ArgsOf<S, K> a, Spread spread, StateOf<K, AccOf<S>>* states) {
   const int lane = spread.lane();
-  const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
+  const int64_t row = spread.row(blockIdx.x), begin = spread.begin(), end = spread.end(a.classes);
   const bool exists = row < a.rows.count;
   RawLabel raw;
   if (exists) raw = load_label<K>(a, row);
@@ -636,6 +642,9 @@ __device__ __forceinline__ A unused_slope(int64_t y) {
   return y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0);
 }
 
+// Backward goes through the rows from the last to the first: what forward read last is still in the L2, 50 MB of it.
+__device__ __forceinline__ unsigned from_the_last() { return gridDim.x - 1 - blockIdx.x; }
+
 // As forward_rows. Every element is read and written by the same thread, so the gradient may overwrite the logits.
 // kShifted: for rows of logits and gradient that lie otherwise to 16 bytes, as those of a padded vocabulary and a dense
 // gradient do. Packs are then the gradient's, each loaded as the two of the logits that it lies in: the second is in
@@ -646,7 +655,7 @@ __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K>
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize, U = kPacks / 2;  // read and written: as many bytes in flight
   const int lane = spread.lane(), lanes = spread.lanes;
-  const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
+  const int64_t row = spread.row(from_the_last()), begin = spread.begin(), end = spread.end(a.classes);
   if (row >= a.rows.count) return;
   const int64_t at_x = offset_of(a.rows, a.logits, row) + begin * a.logits.class_stride;
   const int64_t at_out = offset_of(a.rows, a.grad_logits, row) + begin * a.grad_logits.class_stride;
@@ -722,20 +731,22 @@ __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K>
     }
     store_one<S>(a.grad_logits, at_out + i * a.grad_logits.class_stride, v);
   }
-  if (label_here && (!kFull<K> || has_loss)) {  // over what the loops wrote there: one expm1 a row instead of one an element
+  if (label_here &&
+      (!kFull<K> || has_loss)) {  // over what the loops wrote there: one expm1 a row instead of one an element
     store_one<S>(a.grad_logits, at_out + (y - begin) * a.grad_logits.class_stride,
                  slope_at_label<S, K>(a, r, more, x_y, y));
   }
 }
 
-// ---- rows side by side: a pixel a thread, or `slices` threads that take its classes in turn
+// ---- rows side by side: P pixels a thread, or `slices` threads that take their classes in turn. P is 2 for logits of
+// 16 bits with labels, where sizes and strides are even: a thread's loads are then of 4 bytes as with float32.
 
-// Logits and probabilities of kUnroll classes of a pixel, all loads before the first use: behind the last class one
+// Logits and probabilities of kUnroll classes of P pixels, all loads before the first use: behind the last class one
 // before it is loaded again, since a load with a condition would be waited for.
-template <class S, Target K>
+template <class S, Target K, int P>
 __device__ __forceinline__ void load_pixels(const RowArgs<AccOf<S>>& a, int64_t at_x, int64_t at_t, int64_t first,
-                                            int slices, int64_t end, AccOf<S> (&x)[kUnroll][1],
-                                            AccOf<S> (&t)[kUnroll][1], bool (&inside)[kUnroll]) {
+                                            int slices, int64_t end, AccOf<S> (&x)[kUnroll][P],
+                                            AccOf<S> (&t)[kUnroll][P], bool (&inside)[kUnroll]) {
   int64_t at[kUnroll];
   bool always[kUnroll];
   const auto place = [&](int64_t from, int64_t stride) {  // a tree: no address waits for all before it
@@ -756,78 +767,111 @@ __device__ __forceinline__ void load_pixels(const RowArgs<AccOf<S>>& a, int64_t 
   load_probabilities<S, K>(a, at, always, t);
 }
 
-template <class S, Target K>
+template <class S, Target K, int P>
 __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
     forward_pixels(const __grid_constant__ ArgsOf<S, K> a, int slices) {
   using A = AccOf<S>;
   using State = StateOf<K, A>;
-  const int pixels = blockDim.x / slices, slice = threadIdx.x / pixels;
-  const int64_t row = int64_t(blockIdx.x) * pixels + threadIdx.x % pixels;
+  const int threads = blockDim.x / slices, slice = threadIdx.x / threads;
+  const int64_t row = (int64_t(blockIdx.x) * threads + threadIdx.x % threads) * P;
   const bool exists = row < a.rows.count;
   const int64_t step = int64_t(slices) * kUnroll;
-  Labelled<A> l;
-  State all;
-  if (exists) l = labelled<S, K>(a, load_label<K>(a, row), offset_of(a.rows, a.logits, row), 0);
-  if (exists && used<K>(l.y)) {
-    const int64_t at_x = offset_of(a.rows, a.logits, row);
-    const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) : 0;
+  const int64_t at_x = exists ? offset_of(a.rows, a.logits, row) : 0;
+  const int64_t at_t = exists && kSoft<K> ? offset_of(a.rows, a.probabilities, row) : 0;
+  Labelled<A> l[P];
+  State all[P];
+  bool reads = false;
+#pragma unroll
+  for (int p = 0; p < P; p++) {
+    if (exists) l[p] = labelled<S, K>(a, load_label<K>(a, row + p), at_x + p, 0);
+    reads |= exists && used<K>(l[p].y);
+  }
+  if (reads) {
     for (int64_t group = 0; group < a.classes; group += step * (kGroup / kUnroll)) {
       const int64_t end = group + step * (kGroup / kUnroll) < a.classes ? group + step * (kGroup / kUnroll) : a.classes;
-      ReaderOf<S, K> reader;
+      ReaderOf<S, K> reader[P];
       for (int64_t first = group + slice; first < end; first += step) {
-        A x[kUnroll][1], q[kUnroll][1];
+        A x[kUnroll][P], t[kUnroll][P];
         bool inside[kUnroll];
-        load_pixels<S, K>(a, at_x, at_t, first, slices, end, x, q, inside);
+        load_pixels<S, K>(a, at_x, at_t, first, slices, end, x, t, inside);
 #pragma unroll
-        for (int u = 0; u < kUnroll; u++) {
-          x[u][0] = inside[u] ? transformed(a, x[u][0]) : minus_infinity<A>();
-          q[u][0] = inside[u] ? mass_of<K>(a, q[u][0], first + u * slices) : A(0);
+        for (int p = 0; p < P; p++) {
+          A logit[kUnroll][1], q[kUnroll][1];
+#pragma unroll
+          for (int u = 0; u < kUnroll; u++) {
+            logit[u][0] = inside[u] ? transformed(a, x[u][p]) : minus_infinity<A>();
+            q[u][0] = inside[u] ? mass_of<K>(a, t[u][p], first + u * slices) : A(0);
+          }
+          reader[p].push(a, logit, q, inside, first, slices);
         }
-        reader.push(a, x, q, inside, first, slices);
       }
-      all.merge(reader.state(a));
+#pragma unroll
+      for (int p = 0; p < P; p++) all[p].merge(reader[p].state(a));
     }
   }
   if (slices > 1) {
-    CECE_SHARED(Slot<State>, of_thread, kPixelThreads);
-    of_thread[threadIdx.x].put(all);
+    CECE_SHARED(Slot<State>, of_thread, P * kPixelThreads);
+#pragma unroll
+    for (int p = 0; p < P; p++) of_thread[threadIdx.x * P + p].put(all[p]);
     __syncthreads();
-    for (int i = 1; slice == 0 && i < slices; i++) all.merge(of_thread[threadIdx.x + i * pixels].get());
+    for (int i = 1; slice == 0 && i < slices; i++) {
+#pragma unroll
+      for (int p = 0; p < P; p++) all[p].merge(of_thread[(threadIdx.x + i * threads) * P + p].get());
+    }
   }
-  if (exists && slice == 0) finish<S, K>(a, row, l, all);
+  if (!exists || slice != 0) return;
+#pragma unroll
+  for (int p = 0; p < P; p++) finish<S, K>(a, row + p, l[p], all[p]);
 }
 
-template <class S, Target K>
+template <class S, Target K, int P>
 __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
     backward_pixels(const __grid_constant__ ArgsOf<S, K> a, int slices) {
   using A = AccOf<S>;
-  const int pixels = blockDim.x / slices, slice = threadIdx.x / pixels;
-  const int64_t row = int64_t(blockIdx.x) * pixels + threadIdx.x % pixels;
+  const int threads = blockDim.x / slices, slice = threadIdx.x / threads;
+  const int64_t row = (int64_t(from_the_last()) * threads + threadIdx.x % threads) * P;
   if (row >= a.rows.count) return;
-  const int64_t y = label<K>(a, row);
-  RowGrad<A> r = load_row_grad<K, A>(a, row);
-  const MoreOf<S, K> more(a, row);
-  r.divide();
-  const bool has_loss = used<K>(y) && !masked(a, r);
   const int64_t at_x = offset_of(a.rows, a.logits, row), at_out = offset_of(a.rows, a.grad_logits, row);
   const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) : 0;
-  bool label_here = false;
-  A x_y = A(0);
+  int64_t y[P];
+  RowGrad<A> r[P];
+  A x_y[P];
+  bool reads = false, has_loss[P], label_here[P];
+#pragma unroll
+  for (int p = 0; p < P; p++) {
+    y[p] = label<K>(a, row + p), r[p] = load_row_grad<K, A>(a, row + p), r[p].divide();
+    has_loss[p] = used<K>(y[p]) && !masked(a, r[p]), label_here[p] = false, x_y[p] = A(0);
+    reads |= has_loss[p];
+  }
+  static_assert(P == 1 || !kFull<K>);
+  const MoreOf<S, K> more(a, row);
   for (int64_t first = slice; first < a.classes; first += int64_t(slices) * kUnroll) {
-    A x[kUnroll][1], t[kUnroll][1];
+    A x[kUnroll][P], t[kUnroll][P];
     bool inside[kUnroll];
-    if (has_loss) load_pixels<S, K>(a, at_x, at_t, first, slices, a.classes, x, t, inside);
+    if (reads) load_pixels<S, K>(a, at_x, at_t, first, slices, a.classes, x, t, inside);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-      const int64_t c = first + u * slices;
+      const int64_t c = first + u * slices, at = at_out + c * a.grad_logits.class_stride;
       if (c >= a.classes) break;
-      const A v = has_loss ? slope<S, K>(a, r, more, x[u][0], t[u][0], c) : unused_slope<A>(y);
-      if (!kSoft<K> && c == y) label_here = true, x_y = x[u][0];
-      store_one<S>(a.grad_logits, at_out + c * a.grad_logits.class_stride, v);
+      Run<S, P> grad;
+#pragma unroll
+      for (int p = 0; p < P; p++) {
+        const A v = has_loss[p] ? slope<S, K>(a, r[p], more, x[u][p], t[u][p], c) : unused_slope<A>(y[p]);
+        if (!kSoft<K> && c == y[p]) label_here[p] = has_loss[p], x_y[p] = x[u][p];
+        if constexpr (P == 1) {
+          store_one<S>(a.grad_logits, at, v);
+        } else {
+          grad.v[p] = narrow<S>(v);
+        }
+      }
+      if constexpr (P > 1) store_aligned_run(static_cast<S*>(a.grad_logits.data) + at, grad);
     }
   }
-  if (label_here && (!kFull<K> || has_loss)) {
-    store_one<S>(a.grad_logits, at_out + y * a.grad_logits.class_stride, slope_at_label<S, K>(a, r, more, x_y, y));
+#pragma unroll
+  for (int p = 0; p < P; p++) {
+    if (!label_here[p]) continue;
+    const int64_t at = at_out + p + y[p] * a.grad_logits.class_stride;
+    store_one<S>(a.grad_logits, at, slope_at_label<S, K>(a, r[p], more, x_y[p], y[p]));
   }
 }
 
@@ -901,6 +945,7 @@ struct CrossEntropy {
 
   struct Plan {
     bool pixels;
+    int together;  // pixels a thread
     int slices, parts;
     bool clusters;  // of a row's parts
     RowLaunch row;
@@ -908,17 +953,33 @@ struct CrossEntropy {
     int64_t blocks;
     int sums;
   };
+  template <Target K>
+  static constexpr bool kPairs = sizeof(S) == 2 && (K == Target::hard || K == Target::smooth);
+  // Whether neighbouring pixels can be loaded and stored together everywhere.
+  static bool in_pairs(const Args& a) {
+    bool even = false;
+    visit_target(a, [&](auto kind) { even = kPairs<decltype(kind)::value>; });
+    const int last = a.rows.dims - 1;
+    even &= a.rows.size[last] % 2 == 0;
+    for (const Operand* t : {&a.logits, &a.grad_logits}) {
+      if (!t->data) continue;
+      even &= t->stride[last] == 1 && t->class_stride % 2 == 0 && reinterpret_cast<uintptr_t>(t->data) % 4 == 0;
+      for (int d = 0; d < last; d++) even &= t->stride[d] % 2 == 0;
+    }
+    return even;
+  }
   static Plan plan(const Args& a, const Device& d, int64_t blocks = kForwardBlocks) {
     Plan p{};
     const int64_t bytes = a.classes * int64_t(sizeof(S));
     p.pixels = pixels_across_threads(a);
-    p.slices = pixel_slices(a.rows.count, a.classes, d.multiprocessors);
+    p.together = p.pixels && in_pairs(a) ? 2 : 1;
+    p.slices = pixel_slices(a.rows.count / p.together, a.classes, d.multiprocessors);
     p.row = row_launch(bytes);
     p.parts = p.pixels ? 1 : row_parts(a.rows.count, bytes, blocks * d.multiprocessors);
     p.clusters = d.clusters && p.parts > 1 && p.parts <= kMaxCluster;
     p.spread = {p.row.lanes, 0, (a.classes + p.parts - 1) / p.parts};
     while (1 << p.spread.shift < p.row.lanes) p.spread.shift++;
-    const int rows_a_block = p.pixels ? kPixelThreads / p.slices : p.row.threads / p.row.lanes;
+    const int rows_a_block = p.pixels ? kPixelThreads / p.slices * p.together : p.row.threads / p.row.lanes;
     p.blocks = (a.rows.count + rows_a_block - 1) / rows_a_block;
     p.sums = a.reduction == Reduction::none ? 0 : sum_blocks(a.rows.count);
     return p;
@@ -965,7 +1026,8 @@ struct CrossEntropy {
       visit_target(a, [&](auto kind) {
         constexpr Target K = decltype(kind)::value;
         if (!p.pixels) return launch_rows<K>(a, d, p, scratch);
-        launch(forward_pixels<S, K>, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
+        const auto kernel = p.together == 2 ? forward_pixels < S, K, kPairs<K> ? 2 : 1 > : forward_pixels<S, K, 1>;
+        launch(kernel, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
       });
     }
     if (p.sums == 0) return;
@@ -981,7 +1043,8 @@ struct CrossEntropy {
     visit_target(a, [&](auto kind) {
       constexpr Target K = decltype(kind)::value;
       if (p.pixels) {
-        return launch(backward_pixels<S, K>, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
+        const auto kernel = p.together == 2 ? backward_pixels < S, K, kPairs<K> ? 2 : 1 > : backward_pixels<S, K, 1>;
+        return launch(kernel, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
       }
       const dim3 grid(unsigned(p.blocks), unsigned(p.parts));
       if constexpr (!kSoft<K> && !kFull<K>) {

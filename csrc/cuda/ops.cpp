@@ -72,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
   const Device device = current_device(logits);
   const Tensor memory = scratch(k.forward_scratch(call.args, device), logits);
   k.forward(call.args, device, memory.mutable_data_ptr());
+  if (call.args.rows.count == 0 && call.args.reduction == Reduction::none) out.total_weight.fill_(1);  // no kernel ran
   check_launch();
   return {out.loss, out.stats, out.total_weight};
 }
@@ -159,7 +160,7 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
   BinaryCrossEntropyCall call = check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction);
   BinaryCrossEntropyArgs& a = call.args;
   const Tensor loss = allocate_loss(input, call.acc, reduction);
-  (a.reduction == Reduction::none ? a.loss.data : a.reduced) = loss.mutable_data_ptr();
+  (a.reduction == Reduction::none ? a.loss : a.reduced) = loss.mutable_data_ptr();
   const BinaryCrossEntropyKernels& k = kernels(call.acc, input).binary_cross_entropy;
   const Tensor memory = scratch(k.forward_scratch(a), input);
   k.forward(a, current_device(input), memory.mutable_data_ptr());
