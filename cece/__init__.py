@@ -15,6 +15,7 @@ _load.load()
 from . import ops, reference  # noqa: E402, F401
 from ._decompositions import decompositions  # noqa: E402
 from ._patch import patch  # noqa: E402
+from .divergence import js_divergence, kl_divergence  # noqa: E402
 from .functional import (  # noqa: E402
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -38,6 +39,8 @@ __all__ = [
     "decompositions",
     "empty_cache",
     "entropy",
+    "js_divergence",
+    "kl_divergence",
     "patch",
     "reference",
     "token_statistics",

@@ -172,6 +172,56 @@ def binary_cross_entropy_backward(grad, input, target, weight, pos_weight, with_
     return (grad * slope / (input.numel() if reduction == ops.MEAN else 1)).to(input.dtype)
 
 
+class _Pair:
+    """Two rows of logits: their masses p and q, the logarithms of these, and what is saved of them."""
+
+    def __init__(self, logits, other, mask, temperature):
+        self.dim, acc = 0 if logits.dim() == 1 else 1, _acc(logits, other)
+        self.used = None if mask is None else mask.unsqueeze(self.dim)
+        self.rows = [self.only_used(t.to(acc)) for t in (logits, other)]
+        self.p, self.q = ((t / temperature).softmax(self.dim) for t in self.rows)
+        self.log_p, self.log_q = ((t / temperature).log_softmax(self.dim) for t in self.rows)
+
+    def only_used(self, a):
+        return a if self.used is None else torch.where(self.used, a, 0)
+
+    def kl(self, q, log_q, log_p):
+        return torch.where(q == 0, 0, q * (log_q - log_p)).sum(self.dim, keepdim=True)
+
+    def log_mean(self):
+        return ((self.p + self.q) / 2).log()
+
+
+def divergence_forward(logits, other, mask, temperature, symmetric):
+    r = _Pair(logits, other, mask, temperature)
+    if symmetric:
+        log_m = r.log_mean()
+        levels = r.kl(r.p, r.log_p, log_m), r.kl(r.q, r.log_q, log_m)
+        loss = (levels[0] + levels[1]) / 2
+    else:
+        loss = r.kl(r.q, r.log_q, r.log_p)
+        levels = torch.zeros_like(loss), loss
+    tops = [t.amax(r.dim, keepdim=True) for t in r.rows]
+    sums = [((t - top) / temperature).exp().sum(r.dim, keepdim=True).log() for t, top in zip(r.rows, tops, strict=True)]
+    offset = tops[1] - tops[0] + temperature * (sums[1] - sums[0])
+    stats = [*tops, *sums, offset, torch.zeros_like(offset), *levels]
+    loss, *stats = (r.only_used(a).squeeze(r.dim) for a in (loss, *stats))
+    return loss, torch.stack(stats)
+
+
+def divergence_backward(grad, logits, other, mask, stats, temperature, symmetric, of_other):
+    r = _Pair(logits, other, mask, temperature)
+    p, log_p, q, log_q = (r.q, r.log_q, r.p, r.log_p) if of_other else (r.p, r.log_p, r.q, r.log_q)
+    if symmetric:
+        log_m = r.log_mean()
+        slope = torch.where(p == 0, 0, p * (log_p - log_m - r.kl(p, log_p, log_m))) / 2
+    elif of_other:
+        slope = torch.where(p == 0, 0, p * (log_p - log_q - r.kl(p, log_p, log_q)))
+    else:
+        slope = p - q
+    return r.only_used(grad.unsqueeze(r.dim) * slope / temperature).to((other if of_other else logits).dtype)
+
+
 def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """A table for ``ExportedProgram.run_decompositions`` and AOTAutograd that leaves none of cece's operators.
 
@@ -190,6 +240,8 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
             ops.TOKEN_STATISTICS_BACKWARD: token_statistics_backward,
             ops.BCE: binary_cross_entropy_forward,
             ops.BCE_BACKWARD: binary_cross_entropy_backward,
+            ops.DIVERGENCE: divergence_forward,
+            ops.DIVERGENCE_BACKWARD: divergence_backward,
         }
     )
     return table

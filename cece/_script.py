@@ -152,7 +152,8 @@ def cross_entropy_with_options(
         alive = stats.select(0, 1) > -float("inf") if skip_masked_rows else None
     soft = target.dim() == input.dim()
     if token_weight is not None:
-        loss = _weighted(loss, token_weight, None if soft else used_labels(target, ignore_index), alive)
+        used = None if soft else used_labels(target, ignore_index)
+        loss = _weighted("cross_entropy", loss, token_weight, used, alive)
     if reduction == 0:
         return loss
     total = loss.sum()
@@ -170,11 +171,11 @@ def over(total: Tensor, normalizer: Tensor | float) -> Tensor:
     return total / normalizer.reshape(()) if isinstance(normalizer, Tensor) else total / normalizer
 
 
-def _weighted(loss: Tensor, token_weight: Tensor, used: Tensor | None, alive: Tensor | None) -> Tensor:
+def _weighted(name: str, loss: Tensor, token_weight: Tensor, used: Tensor | None, alive: Tensor | None) -> Tensor:
     """What has no loss has none whatever its weight, and what has no weight costs nothing, were it impossible."""
     if token_weight.shape != loss.shape:
         raise ValueError(
-            f"cece.cross_entropy: token_weight must have the shape of the samples' losses, {list(loss.shape)}, got"
+            f"cece.{name}: token_weight must have the shape of the samples' losses, {list(loss.shape)}, got"
             f" {list(token_weight.shape)}"
         )
     token_weight = token_weight.to(loss.dtype)
@@ -219,3 +220,134 @@ def check_targets(target: Tensor, num_classes: int, ignore_index: int = -100) ->
             f"cece.check_targets: Target {value} is out of bounds: target{where} must be in [0, {num_classes}) or equal"
             f" ignore_index ({ignore_index}), got {value}; {count} of {target.numel()} targets are"
         )
+
+
+# ---- divergences of two rows: what is here is the functions' own body, too (divergence.py)
+
+
+def check_choice(loss: str, name: str, value: str, choices: list[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        wanted = "', '".join(choices)
+        raise ValueError(f"cece.{loss}: {name} must be one of '{wanted}', got '{value}'")
+
+
+def sum_in_order(rows: Tensor) -> Tensor:
+    """The sum, in an order that the number of rows alone decides: torch's own depends on the number of threads."""
+    if not torch.jit.is_scripting():  # a constant there, so what follows is left out
+        if not torch.compiler.is_compiling() and rows.numel() <= 32768:  # torch takes one thread
+            return rows.sum(dtype=torch.float64).to(rows.dtype)
+    flat = rows.flatten()
+    blocks = (flat.numel() + 1023) // 1024
+    padded = torch.nn.functional.pad(flat, [0, blocks * 1024 - flat.numel()])
+    return padded.reshape(blocks, 1024).sum(1, dtype=torch.float64).sum().to(rows.dtype)
+
+
+def reduce_rows(
+    loss: str,
+    rows: Tensor,
+    reduction: str,
+    mask: Tensor | None,
+    token_weight: Tensor | None,
+    normalizer: Tensor | float | None,
+) -> Tensor:
+    """Rows' values, 0 where masked, times their weights and reduced."""
+    check_choice(loss, "reduction", reduction, ["none", "mean", "batchmean", "sum"])
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"cece.{loss}: normalizer is what 'mean' divides by, got it with reduction '{reduction}'")
+    if token_weight is not None:
+        rows = _weighted(loss, rows, token_weight, mask, None)
+    if reduction == "none":
+        return rows
+    total = sum_in_order(rows)
+    if reduction == "sum":
+        return total
+    if reduction == "batchmean":
+        return total / (rows.shape[0] if rows.dim() > 0 else 1)
+    if normalizer is not None:
+        return over(total, normalizer)
+    return total / rows.numel() if mask is None else total / mask.sum()
+
+
+def kl_divergence(
+    logits: Tensor,
+    target_logits: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    target_indices: Tensor | None = None,
+    tail: str = "lump",
+) -> Tensor:
+    if target_indices is None:
+        rows = torch.ops.cece.divergence_forward(logits, target_logits, mask, temperature, False)[0]
+    else:
+        rows = top_k_divergence(logits, target_logits, target_indices, mask, temperature, tail)
+    return reduce_rows("kl_divergence", rows, reduction, mask, token_weight, normalizer)
+
+
+def js_divergence(
+    logits: Tensor,
+    other_logits: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    rows = torch.ops.cece.divergence_forward(logits, other_logits, mask, temperature, True)[0]
+    return reduce_rows("js_divergence", rows, reduction, mask, token_weight, normalizer)
+
+
+def top_k_divergence(
+    logits: Tensor, values: Tensor, indices: Tensor, mask: Tensor | None, temperature: float, tail: str
+) -> Tensor:
+    """KL(q || p) a row where log q is known at some classes. By the chain rule of divergences: what the k classes
+    differ in among themselves, and what they and all others differ in as wholes. Nothing here cancels."""
+    check_choice("kl_divergence", "tail", tail, ["lump", "renormalize", "ignore"])
+    if not temperature > 0.0:
+        raise ValueError(f"cece.kl_divergence: temperature must be a finite number above 0, got {temperature}")
+    dim = 0 if logits.dim() == 1 else 1
+    fits = values.shape == indices.shape and values.dim() == logits.dim() and logits.dim() > 0
+    for d in range(logits.dim()):
+        fits = fits and (d == dim or values.shape[d] == logits.shape[d])
+    if not fits:
+        raise ValueError(
+            f"cece.kl_divergence: target_logits and target_indices must both have logits' shape {list(logits.shape)}"
+            f" with K classes for its C, got {list(values.shape)} and {list(indices.shape)}"
+        )
+    if indices.dtype != torch.int64:
+        raise RuntimeError(f"cece.kl_divergence: target_indices must be int64, got {indices.dtype}")
+    wide = logits.dtype == torch.float64 or values.dtype == torch.float64
+    x = logits.to(torch.float64 if wide else torch.float32)
+    log_q = values.to(x.dtype)
+    if mask is not None:
+        out = (~mask).unsqueeze(dim)
+        x, log_q, indices = x.masked_fill(out, 0.0), log_q.masked_fill(out, 0.0), indices.masked_fill(out, 0)
+    x_k = x.gather(dim, indices)
+    if tail != "renormalize":
+        log_q = log_q * temperature  # which divides them again
+    among = torch.ops.cece.divergence_forward(x_k, log_q, mask, temperature, False)[0]
+    x_k, log_q, x = x_k / temperature, log_q / temperature, x / temperature
+    # how much less all others have than the k: log(others / k)
+    if values.shape[dim] < logits.shape[dim]:
+        others = x.scatter(dim, indices, -float("inf")).logsumexp(dim)
+        margin = others - x_k.logsumexp(dim)
+    else:
+        margin = torch.full_like(among, -float("inf"))
+    if mask is not None:
+        margin = margin.masked_fill(~mask, 0.0)
+    minus_log_p = torch.nn.functional.softplus(margin)  # of all k
+    log_mass = log_q.logsumexp(dim).clamp_max(0.0)
+    if tail == "renormalize":
+        rows = among + minus_log_p
+    elif tail == "ignore":
+        rows = log_mass.exp() * (among + minus_log_p + log_mass)
+    else:
+        rest = -torch.expm1(log_mass)
+        some = (rest > 0) & (margin > -float("inf"))
+        log_rest = torch.where(some, torch.where(some, rest, 1.0).log(), -float("inf"))
+        ours, theirs = torch.stack([torch.zeros_like(margin), margin], 1), torch.stack([log_mass, log_rest], 1)
+        as_wholes = torch.ops.cece.divergence_forward(ours, theirs, mask, 1.0, False)[0]
+        rows = log_mass.exp() * among + as_wholes
+    return rows if mask is None else rows.masked_fill(~mask, 0.0)

@@ -13,6 +13,8 @@ TOKEN_STATISTICS = torch.ops.cece.token_statistics_forward.default
 TOKEN_STATISTICS_BACKWARD = torch.ops.cece.token_statistics_backward.default
 BCE = torch.ops.cece.binary_cross_entropy_forward.default
 BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
+DIVERGENCE = torch.ops.cece.divergence_forward.default
+DIVERGENCE_BACKWARD = torch.ops.cece.divergence_backward.default
 
 # What token_statistics_forward is asked for, its outputs in this order.
 WANTED = {"log_prob": 1, "entropy": 2, "logsumexp": 4, "collision": 8, "argmax": 16}
@@ -207,3 +209,28 @@ def _(info, in_dims, grad, input, target, weight, pos_weight, with_logits, reduc
         grad = grad / input[0].numel()
     grad = grad.expand(input.shape)
     return BCE_BACKWARD(grad, input, target, weight, pos_weight, with_logits, NONE), 0
+
+
+@torch.library.register_vmap("cece::divergence_forward")
+def _(info, in_dims, logits, other, mask, temperature, symmetric):
+    size = info.batch_size
+    args = (logits, other, mask, temperature, symmetric)
+    one = _one(DIVERGENCE, in_dims, args)
+    if size == 0:
+        return _nothing(logits, one)
+    logits, other, mask = (_batched(size, d, t) for d, t in zip(in_dims[:3], args[:3], strict=True))
+    loss, stats = DIVERGENCE(_classes_second(logits), _classes_second(other), mask, temperature, symmetric)
+    return (loss, stats.movedim(1, 0)), (0, 0)
+
+
+@torch.library.register_vmap("cece::divergence_backward")
+def _(info, in_dims, grad, logits, other, mask, stats, temperature, symmetric, of_other):
+    size = info.batch_size
+    args = (grad, logits, other, mask, stats, temperature, symmetric, of_other)
+    one = _one(DIVERGENCE_BACKWARD, in_dims, args)
+    if size == 0:
+        return _nothing(logits, one)
+    grad, logits, other, mask, stats = (_batched(size, d, t) for d, t in zip(in_dims[:5], args[:5], strict=True))
+    logits, other, stats = _classes_second(logits), _classes_second(other), stats.movedim(1, 0)
+    out = DIVERGENCE_BACKWARD(grad, logits, other, mask, stats, temperature, symmetric, of_other)
+    return out.movedim(1, 2) if out.dim() > 2 else out, 0

@@ -99,3 +99,28 @@ def binary_cross_entropy(
     loss = -y * input.log().clamp_min(-100) - (1 - y) * (-input).log1p().clamp_min(-100)
     loss = loss if weight is None else loss * weight.to(input.dtype)
     return _reduce(loss, reduction, loss.numel())
+
+
+def _log_softmaxes(logits: Tensor, other: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    dim = 0 if logits.dim() == 1 else 1
+    return (logits / temperature).log_softmax(dim), (other / temperature).log_softmax(dim)
+
+
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """``sum_j q_j (log q_j - log p_j)`` of each row; a class that q rules out costs nothing."""
+    possible = log_q > -torch.inf
+    term = log_q.exp() * (torch.where(possible, log_q, 0) - torch.where(possible, log_p, 0))
+    return term.sum(0 if log_q.dim() == 1 else 1)
+
+
+def kl_divergence(logits: Tensor, target_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``KL(softmax(target_logits / T) || softmax(logits / T))`` of each row."""
+    log_p, log_q = _log_softmaxes(logits, target_logits, temperature)
+    return _kl(log_q, log_p)
+
+
+def js_divergence(logits: Tensor, other_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``(KL(p || m) + KL(q || m)) / 2`` of each row, ``m = (p + q) / 2``."""
+    log_p, log_q = _log_softmaxes(logits, other_logits, temperature)
+    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
+    return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2

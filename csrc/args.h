@@ -49,6 +49,24 @@ struct CrossEntropyArgs {
   Operand grad_logits;    // rows x classes
 };
 
+// The divergence of two rows of logits, x and y, for every row.
+constexpr int kPairNumbers = 8;  // that are saved of a row: numerics.h's Pair
+struct DivergenceArgs {
+  Shape rows;
+  int64_t classes;
+  Operand x, y;         // rows x classes
+  const uint8_t* mask;  // (rows): 0 where a row is left out; or null
+  bool symmetric;       // Jensen-Shannon's, else KL(y || x)
+  double cold;          // 1 / temperature
+
+  void* stats;  // (kPairNumbers, rows) Acc
+  void* loss;   // (rows) Acc
+
+  const void* grad_loss;  // (rows) Acc
+  bool of_y;              // the gradient is y's, else x's
+  Operand grad;           // rows x classes
+};
+
 // Rows with all their statistics (numerics.h), each an array (rows) Acc, null where it is not asked for. Always
 // Reduction::none; stats: (5, rows) max, log_sum, mass, heat, spread. Labels and probabilities may both be absent.
 struct TokenStatisticsArgs : CrossEntropyArgs {

@@ -439,6 +439,101 @@ inline void point_at(TokenStatisticsCall& call, const MaybeTensor& target, const
   a.grad_stride = 1;
 }
 
+// ---- divergences of two rows
+
+struct DivergenceShapes {
+  const char* op;
+  int64_t class_dim;
+  at::ScalarType acc;
+  c10::SymDimVector rows;
+};
+
+// grad_loss: null for a forward.
+inline DivergenceShapes check_divergence_shapes(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                                double temperature, bool symmetric, const Tensor* grad_loss = nullptr) {
+  const char* const op = symmetric ? "js_divergence" : "kl_divergence";
+  const char* const other = symmetric ? "other_logits" : "target_logits";
+  check_float(op, "logits", x);
+  check_float(op, other, y);
+  check_device(op, other, y, x);
+  TORCH_CHECK(x.dim() >= 1, "cece.", op, ": logits must have shape (C), (N, C) or (N, C, d1, ...), got ",
+              x.sym_sizes());
+  TORCH_CHECK_VALUE(same(y.sym_sizes(), x.sym_sizes()), "cece.", op, ": ", other, " must have logits' shape ",
+                    x.sym_sizes(), ", got ", y.sym_sizes());
+  TORCH_CHECK_VALUE(temperature > 0 && temperature < std::numeric_limits<double>::infinity(), "cece.", op,
+                    ": temperature must be a finite number above 0, got ", digits(temperature));
+  DivergenceShapes s{op, x.dim() == 1 ? 0 : 1, acc_type({&x, &y}), {}};
+  for (int64_t d = 0; d < x.dim(); d++) {
+    if (d != s.class_dim) s.rows.push_back(x.sym_size(d));
+  }
+  if (present(mask)) {
+    check_device(op, "mask", *mask, x);
+    TORCH_CHECK(mask->scalar_type() == at::kBool, "cece.", op, ": mask must be bool, got ", mask->scalar_type());
+    TORCH_CHECK_VALUE(same(mask->sym_sizes(), s.rows), "cece.", op, ": mask must have the rows' shape ",
+                      c10::SymIntArrayRef(s.rows), ", got ", mask->sym_sizes());
+  }
+  if (grad_loss) {
+    TORCH_CHECK(same(grad_loss->sym_sizes(), s.rows), "cece.", op, ": grad must have the rows' shape ",
+                c10::SymIntArrayRef(s.rows), ", got ", grad_loss->sym_sizes());
+    check_device(op, "grad", *grad_loss, x);
+  }
+  return s;
+}
+struct DivergenceOutputs {
+  Tensor loss, stats;
+};
+inline DivergenceOutputs allocate_outputs(const DivergenceShapes& s, const Tensor& x) {
+  const auto options = x.options().dtype(s.acc);
+  c10::SymDimVector stats_sizes{kPairNumbers};
+  stats_sizes.append(s.rows.begin(), s.rows.end());
+  return {at::empty_symint(s.rows, options), at::empty_symint(stats_sizes, options)};
+}
+
+struct DivergenceCall {
+  DivergenceArgs args{};
+  Tensor x, y, mask, grad_loss, stats, grad;  // as the args point at them
+  DivergenceShapes shapes;
+};
+
+// grad_loss, stats, grad: null for a forward.
+inline DivergenceCall check_divergence(const Tensor& x, const Tensor& y, const MaybeTensor& mask, double temperature,
+                                       bool symmetric, const Tensor* grad_loss = nullptr, const Tensor* stats = nullptr,
+                                       const Tensor* grad = nullptr) {
+  DivergenceCall call;
+  call.shapes = check_divergence_shapes(x, y, mask, temperature, symmetric, grad_loss);
+  const int64_t class_dim = call.shapes.class_dim;
+  DivergenceArgs& a = call.args;
+  a.classes = x.size(class_dim);
+  a.symmetric = symmetric;
+  a.cold = 1 / temperature;
+  call.x = x, call.y = y;
+  if (grad) call.grad = *grad;
+  if (present(mask)) {
+    call.mask = contiguous_as(*mask, at::kBool);
+    a.mask = static_cast<const uint8_t*>(data_of(call.mask));
+  }
+  if (grad_loss) {
+    call.grad_loss = contiguous_as(*grad_loss, call.shapes.acc), call.stats = contiguous_as(*stats, call.shapes.acc);
+    a.grad_loss = data_of(call.grad_loss), a.stats = data_of(call.stats);
+  }
+  std::vector<int64_t> row_dims;
+  for (int64_t d = 0; d < x.dim(); d++) {
+    if (d != class_dim) row_dims.push_back(d);
+  }
+  c10::SmallVector<Strided, 3> all{{&call.x, &a.x}, {&call.y, &a.y}};
+  if (grad) all.push_back({&call.grad, &a.grad});
+  if (!merge_dims(x.sizes(), row_dims, all, a.rows)) {
+    for (const Strided& s : all) const_cast<Tensor&>(*s.tensor) = s.tensor->contiguous();  // deliver() brings it home
+    merge_dims(x.sizes(), row_dims, all, a.rows);
+  }
+  for (const Strided& s : all) {
+    s.operand->data = s.tensor == &call.grad ? room_of(*s.tensor) : data_of(*s.tensor);
+    s.operand->dtype = *dtype_of(*s.tensor);
+    s.operand->class_stride = s.tensor->stride(class_dim);
+  }
+  return call;
+}
+
 // ---- binary cross-entropy
 
 inline const char* name_of(bool with_logits) {

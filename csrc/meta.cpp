@@ -69,6 +69,18 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
   return at::empty_like(input);
 }
 
+std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                              double temperature, bool symmetric) {
+  const DivergenceOutputs out = allocate_outputs(check_divergence_shapes(x, y, mask, temperature, symmetric), x);
+  return {out.loss, out.stats};
+}
+
+Tensor divergence_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const MaybeTensor& mask, const Tensor&,
+                           double temperature, bool symmetric, bool of_other) {
+  check_divergence_shapes(x, y, mask, temperature, symmetric, &grad);
+  return at::empty_like(of_other ? y : x);
+}
+
 }  // namespace
 }  // namespace cece
 
@@ -82,4 +94,6 @@ TORCH_LIBRARY_IMPL(cece, Meta, m) {
   m.impl("token_statistics_backward_", check_token_backward);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
+  m.impl("divergence_forward", divergence_forward);
+  m.impl("divergence_backward", divergence_backward);
 }

@@ -16,6 +16,7 @@
 // infinity (`times`); a loss that is NaN stays NaN, whatever its factor, as its gradient does.
 #pragma once
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -84,11 +85,17 @@ struct Exp {  // the same as an object, for formulas that can do with a rougher 
     return exp_nonpositive(x);
   }
 };
-// log(1 + z) for z >= -1, and a faster one for 0 <= z <= 1
+template <class T>
+struct ExpOfScaled {  // e^{scale x}
+  T scale;
+  CECE_HD T operator()(T x) const { return exp_nonpositive(x * scale); }
+};
+// log(1 + z) for z >= -1, and a faster one for -1/2 <= z <= 1
 CECE_HD float log1p_(float z) { return CECE_GPU(::log1pf(z), z, 1); }
 CECE_HD double log1p_(double z) { return ::log1p(z); }
 CECE_HD double log1p_unit(double z) { return ::log1p(z); }
 CECE_HD float fmadd(float a, float b, float c) { return a * b + c; }
+CECE_HD double fmadd(double a, double b, double c) { return a * b + c; }
 // 1 / d for 1 <= d <= 3, at most 1 ULP: a division has a branch for subnormals and overflows, which are none here.
 CECE_HD double reciprocal_unit(double d) { return 1 / d; }
 #if defined(__CUDA_ARCH__)
@@ -100,8 +107,9 @@ CECE_HD float reciprocal_unit(float d) {
 #else
 CECE_HD float reciprocal_unit(float d) { return CECE_GPU(1 / d, d, 1); }
 #endif
-// log(1 + z) for 0 <= z <= 1, at most 2 ULP beside those of s: 2 atanh(s) = 2 s (1 + s^2 Q(s^2)), s = z / (2 + z) <=
-// 1/3; Q is a minimax polynomial (relative error 1.6e-8). A small z keeps all its bits. F: float, or lanes of it.
+// log(1 + z) for -1/2 <= z <= 1, at most 2 ULP beside those of s: 2 atanh(s) = 2 s (1 + s^2 Q(s^2)), s = z / (2 + z),
+// |s| <= 1/3; Q is a minimax polynomial (relative error 1.6e-8). A small z keeps all its bits. F: float, or lanes of
+// it.
 template <class F>
 CECE_HD F log1p_of_ratio(F s) {
   const F u = s * s, twice = s + s;
@@ -146,8 +154,9 @@ struct LogSumExp {
   T max = lowest<T>();
   T rest = T(-1);
 
-  CECE_HD void merge(const LogSumExp& o) {
-    const T d = o.max - max, z = exp_nonpositive(-abs_(d));
+  template <class E = Exp>
+  CECE_HD void merge(const LogSumExp& o, E exp = E()) {
+    const T d = o.max - max, z = exp(-abs_(d));
     const auto bigger = greater(d, T(0));
     rest = select(bigger, o.rest + (rest + T(1)) * z, rest + (o.rest + T(1)) * z);
     max = select(bigger, o.max, max);
@@ -189,7 +198,10 @@ struct Tournament {
     for (int i = 1; i < N; i++) added = added + exp(loser[i] - second);
     sum = sum * exp(before - second) + added;
   }
-  CECE_HD LogSumExp<T> log_sum_exp() const { return {max, sum * exp_nonpositive(second - max)}; }
+  template <class E = Exp>
+  CECE_HD LogSumExp<T> log_sum_exp(E exp = E()) const {
+    return {max, sum * exp(second - max)};
+  }
 };
 
 // max - x >= 0, and 0 where both are +inf: a single infinite logit is a certainty.
@@ -305,6 +317,209 @@ template <class T>
 CECE_HD T tanh_slope(T w) {
   const T e = exp_nonpositive(-(w + w)), d = T(1) + e;
   return T(4) * e / (d * d);
+}
+
+// --------------------------------------------------------------------------------- divergences of two rows
+
+// Of p = softmax(x / T) and q = softmax(y / T), with d_j = log q_j - log p_j and m = (p + q) / 2:
+//   Kullback-Leibler   KL(q || p) = sum_j q_j d_j                    = sum_j q_j h(d_j),  h(d) = e^-d - 1 + d >= 0
+//   Jensen-Shannon     JS = (KL(q || m) + KL(p || m)) / 2            = sum_j m_j (log 2 - H(sigmoid(d_j)))
+// The sums as they are read cancel: KL is d^2 / 2 for a small d, of terms of size d. What is added to each term on the
+// right, p_j - q_j, adds up to 0, and leaves none below 0. d_j = (y_j - x_j - R) / T, where R / T is the difference
+// of the rows' log-sums; y_j - x_j and R each have two parts, so that an offset between the rows costs no bits.
+//
+// R is known to the accuracy of sums of exponentials only. With d off by c, sum_j p_j - sum_j q_j comes out as
+// B = e^-c - 1 and not 0, and from it c is known, to all digits: KL comes out greater by B - log(1 + B), JS by c^2 / 8
+// and at most |c| of itself. Likewise Q, the sum of all q_j as computed, takes the place of 1.
+template <class T>
+struct Pair {             // of two rows; [0] is x's, [1] is y's
+  T max[2], log_sum[2];   // max x and log(sum_j e^{(x_j - max x) / T})
+  T offset, offset_rest;  // R
+  T level[2];             // what a slope is relative to: KL in [1]; KL(p || m) and KL(q || m)
+  T cold;                 // 1 / T
+  bool certain[2];        // whether the maximum is +inf: of such a row's logits, settled() is meant
+
+  CECE_HD Pair swapped() const {
+    return {{max[1], max[0]},        {log_sum[1], log_sum[0]}, -offset, -offset_rest, {level[1], level[0]}, cold,
+            {certain[1], certain[0]}};
+  }
+  // -log of a mass
+  CECE_HD T surprise(T x, int row) const { return (max[row] - x) * cold + log_sum[row]; }
+  // d; 0 for a class that both rows rule out
+  CECE_HD T log_ratio(T x, T y) const {
+    const T s = y - x, z = s - y, rest = (y - (s - z)) - (x + z);  // what s rounds off (Knuth's TwoSum)
+    const T d = ((s - offset) + (select(equal(rest, rest), rest, T(0)) - offset_rest)) * cold;
+    return select(equal(d, d), d, T(0));
+  }
+};
+
+// A row with one infinite logit is a certainty: its logits count as 0 there and -inf elsewhere.
+template <class T>
+CECE_HD T settled(T x) {
+  const T infinity(std::numeric_limits<typename LaneOf<T>::type>::infinity());
+  return select(equal(x, infinity), T(0), -infinity);
+}
+
+// p and q of a class, by the greater of them.
+template <class T>
+struct ClassPair {
+  T d, distance, most, drop;  // log q - log p, |d|, max(p, q), e^-|d| - 1
+
+  CECE_HD ClassPair(const Pair<T>& pair, T x, T y)
+      : d(pair.log_ratio(x, y)),
+        distance(abs_(d)),
+        most(exp_nonpositive(-lesser(pair.surprise(x, 0), pair.surprise(y, 1)))),
+        drop(expm1_nonpositive(-distance)) {}
+  CECE_HD auto p_is_greater() const { return greater(T(0), d); }
+  CECE_HD T q() const { return most * select(p_is_greater(), T(1) + drop, T(1)); }
+  CECE_HD T p_minus_q() const { return most * select(p_is_greater(), -drop, drop); }
+};
+
+// sum_k c(k) u^k over a table's terms
+template <class Table, int k = 0, class T>
+CECE_HD T power_series(T u) {
+  using Lane = typename LaneOf<T>::type;
+  constexpr Lane c = Lane(Table::coefficient(k));
+  if constexpr (k + 1 < Table::template kTerms<Lane>) {
+    return fmadd(power_series<Table, k + 1>(u), u, T(c));
+  } else {
+    return T(c);
+  }
+}
+
+// A kind of divergence: what each class adds to the sums (value, p - q, q, and what else it needs), what they come to,
+// and the derivatives in x and y for an incoming gradient of 1.
+enum { kValue, kDrift, kMass, kLevel };
+
+struct KullbackLeibler {
+  static constexpr int kSums = 3;
+  struct Series {  // h(d) / d^2 for |d| <= 1: 1 / 2! - d / 3! + d^2 / 4! ...; what is left out is 6e-9 of it, or 1e-17
+    template <class Lane>
+    static constexpr int kTerms = sizeof(Lane) == 4 ? 10 : 17;
+    static constexpr double coefficient(int k) {
+      double c = 0.5;
+      for (int i = 3; i <= k + 2; i++) c /= -i;
+      return c;
+    }
+  };
+  template <class T>
+  CECE_HD static void terms(const ClassPair<T>& s, T (&out)[kSums]) {
+    const T q = s.q(), left = T(1) + s.drop;
+    const T near = q * (s.d * s.d) * power_series<Series>(s.d);
+    const T far = s.most * select(s.p_is_greater(), -s.drop - times(left, s.distance), s.drop + s.distance);
+    const T value = select(greater(T(1), s.distance), near, far);
+    // an impossible class that the target has some mass on, however little
+    out[kValue] = select(greater(s.d, -lowest<T>()), s.d, value);
+    out[kDrift] = s.p_minus_q();
+    out[kMass] = q;
+  }
+  // drift = B, c = -log(1 + B)
+  CECE_HD static double finish(const double (&sums)[kSums], double drift, double c, double (&level)[2]) {
+    const double kl = sums[kValue] / sums[kMass] - (drift + c);
+    level[0] = 0;
+    return level[1] = kl < 0 ? 0 : kl;
+  }
+  template <class T>
+  CECE_HD static T slope_x(const Pair<T>& pair, T x, T y) {
+    return ClassPair<T>(pair, x, y).p_minus_q() * pair.cold;
+  }
+  template <class T>
+  CECE_HD static T slope_y(const Pair<T>& pair, T x, T y) {
+    return times(exp_nonpositive(-pair.surprise(y, 1)), pair.log_ratio(x, y) - pair.level[1]) * pair.cold;
+  }
+};
+
+struct JensenShannon {
+  static constexpr int kSums = 4;
+  struct Series {  // (log 2 - H((1 + v) / 2)) / v^2 in v^2, v = tanh(d / 2), for |d| <= 3/2: 1/2 + v^2 / 12 + v^4 / 30
+                   // ...
+    template <class Lane>
+    static constexpr int kTerms = sizeof(Lane) == 4 ? 15 : 38;
+    static constexpr double coefficient(int k) { return 1.0 / ((2 * k + 2) * (2 * k + 1)); }
+  };
+  // log(max(p, q) / m) = -log(1 + (e^-|d| - 1) / 2)
+  template <class T>
+  CECE_HD static T log_of_greater(const ClassPair<T>& s) {
+    return -log1p_unit(s.drop * T(0.5));
+  }
+  template <class T>
+  CECE_HD static void terms(const ClassPair<T>& s, T (&out)[kSums]) {
+    const T both = T(2) + s.drop, left = T(1) + s.drop, part = reciprocal_unit(both), v = s.drop * part;
+    const T log_more = log_of_greater(s), less = times(left, s.distance);
+    const T near = s.drop * v * power_series<Series>(v * v), far = both * log_more - less;
+    out[kValue] = T(0.5) * s.most * select(greater(T(1.5), s.distance), near, far);
+    out[kDrift] = s.p_minus_q();
+    out[kMass] = s.q();
+    out[kLevel] = s.most * select(s.p_is_greater(), left * log_more - less, log_more);  // q log(q / m)
+  }
+  CECE_HD static double finish(const double (&sums)[kSums], double, double c, double (&level)[2]) {
+    double js = sums[kValue] / sums[kMass] - c * c / 8;
+    js = js < 0 ? 0 : js;
+    level[1] = sums[kLevel] / sums[kMass] - c / 2;
+    level[0] = 2 * js - level[1];
+    return js;
+  }
+  template <class T>
+  CECE_HD static T slope_x(const Pair<T>& pair, T x, T y) {  // p (log(p / m) - KL(p || m)) / 2
+    const ClassPair<T> s(pair, x, y);
+    const T log_more = log_of_greater(s), log_p = select(greater(s.d, T(0)), log_more - s.distance, log_more);
+    return times(exp_nonpositive(-pair.surprise(x, 0)), log_p - pair.level[0]) * (T(0.5) * pair.cold);
+  }
+  template <class T>
+  CECE_HD static T slope_y(const Pair<T>& pair, T x, T y) {
+    return slope_x(pair.swapped(), y, x);
+  }
+};
+
+// What a row's second pass starts from; in double, so that R has as many digits as its parts.
+template <class T>
+CECE_HD Pair<T> begun_pair(double max_x, double log_sum_x, double max_y, double log_sum_y, double cold) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const bool certain_x = max_x == infinity, certain_y = max_y == infinity;
+  const double top_x = certain_x ? 0 : max_x, top_y = certain_y ? 0 : max_y;
+  const double offset = (top_y - top_x) + (log_sum_y - log_sum_x) / cold;
+  const T high = T(offset);
+  return {{T(top_x), T(top_y)},  {T(log_sum_x), T(log_sum_y)}, high, T(offset - double(high)), {T(0), T(0)}, T(cold),
+          {certain_x, certain_y}};
+}
+// The divergence of a row, and what was off in its Pair put right. A row that is no distribution makes all of it NaN.
+template <class Kind, class T>
+CECE_HD double finish_pair(const double (&sums)[Kind::kSums], double cold, Pair<T>& pair) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const double drift = sums[kDrift] / sums[kMass], c = -log1p_(drift);
+  const double offset = double(pair.offset) + double(pair.offset_rest) + c / cold;
+  double level[2];
+  const double value = Kind::finish(sums, drift, c, level);
+  pair.offset = T(offset), pair.offset_rest = T(offset - double(pair.offset));
+  pair.level[0] = T(level[0]), pair.level[1] = T(level[1]);
+  if (pair.log_sum[0] > T(-1) && pair.log_sum[1] > T(-1)) return value;
+  pair.log_sum[0] = pair.log_sum[1] = T(nan);
+  return nan;
+}
+// A Pair as it is saved: args.h's kPairNumbers, `stride` apart.
+template <class T>
+CECE_HD void save_pair(const Pair<T>& pair, T* out, int64_t stride) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  for (int i = 0; i < 2; i++) {
+    out[i * stride] = pair.certain[i] ? infinity : pair.max[i];
+    out[(2 + i) * stride] = pair.log_sum[i];
+    out[(4 + i) * stride] = i ? pair.offset_rest : pair.offset;
+    out[(6 + i) * stride] = pair.level[i];
+  }
+}
+template <class T>
+CECE_HD Pair<T> saved_pair(const T* saved, int64_t stride, T cold) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  Pair<T> pair;
+  for (int i = 0; i < 2; i++) {
+    const T max = saved[i * stride];
+    pair.certain[i] = max == infinity, pair.max[i] = pair.certain[i] ? T(0) : max;
+    pair.log_sum[i] = saved[(2 + i) * stride];
+    (i ? pair.offset_rest : pair.offset) = saved[(4 + i) * stride];
+    pair.level[i] = saved[(6 + i) * stride];
+  }
+  pair.cold = cold;
+  return pair;
 }
 
 // --------------------------------------------------------------------------------- binary cross-entropy

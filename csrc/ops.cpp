@@ -43,4 +43,14 @@ TORCH_LIBRARY(cece, m) {
       "binary_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
       "bool with_logits, int reduction) -> Tensor",
       tags);
+  // loss: the rows' shape. stats: (8, rows...) a numerics.h Pair. symmetric: Jensen-Shannon's, else KL(other ||
+  // logits).
+  m.def(
+      "divergence_forward(Tensor logits, Tensor other, Tensor? mask, float temperature, bool symmetric) "
+      "-> (Tensor loss, Tensor stats)",
+      tags);
+  m.def(
+      "divergence_backward(Tensor grad, Tensor logits, Tensor other, Tensor? mask, Tensor stats, float temperature, "
+      "bool symmetric, bool of_other) -> Tensor",
+      tags);
 }

@@ -32,6 +32,8 @@ REGISTERS = {
     "forward_pixels pairs": {"32": (72, 80)},
     "backward_pixels pairs": {"32": (64, 64)},
     "finish_rows": {"32": (48, 48, 48, 48, 48), "f64": (64, 64, 64, 64)},
+    "forward_pairs": {"32": (64,), "f64": (128,)},
+    "backward_pairs": {"32": (56,), "f64": (64,)},
     "binary_forward": {"32": (64,), "f16": (80,), "f64": (88,)},
     "binary_backward": {"32": (64,), "f16": (80,), "f64": (88,)},
     "reduce_rows": {"32": (40,), "f64": (40,)},

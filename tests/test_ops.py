@@ -43,6 +43,23 @@ def binary_backward_args(*args):
     return torch.ones_like(cece_ops.binary_cross_entropy_forward(x, *rest)), x, *rest
 
 
+def divergence_args(shape, dtype, other, masked, symmetric, requires_grad=True):
+    x, y = (torch.randn(shape).to(d).requires_grad_(requires_grad) for d in (dtype, other))
+    return x, y, torch.rand(shape[:1] + shape[2:]) < 0.7 if masked else None, 1.5, symmetric
+
+
+def divergence_backward_args(*args, of_other=False):
+    x, y, *options = divergence_args(*args, requires_grad=False)
+    loss, stats = cece_ops.divergence_forward(x, y, *options)
+    return torch.ones_like(loss), x, y, options[0], stats, *options[1:], of_other
+
+
+PAIRS = [
+    ((6, 5), torch.float32, torch.float32, False, False),
+    ((2, 5, 3), torch.float64, torch.bfloat16, True, True),
+    ((6, 60), torch.bfloat16, torch.float32, True, False),
+    ((6, 5), torch.float32, torch.float32, True, True),
+]
 CLASSES = [
     ((6, 5), torch.float32, False, False, ops.MEAN, 0.0),
     ((6, 60), torch.bfloat16, False, True, ops.NONE, 0.1),
@@ -71,6 +88,11 @@ OPERATORS = {
     "binary_cross_entropy_backward": (
         cece_ops.binary_cross_entropy_backward.default,
         [lambda c=c: binary_backward_args(*c) for c in ELEMENTS],
+    ),
+    "divergence_forward": (cece_ops.divergence_forward.default, [lambda c=c: divergence_args(*c) for c in PAIRS]),
+    "divergence_backward": (
+        cece_ops.divergence_backward.default,
+        [lambda c=c, i=i: divergence_backward_args(*c, of_other=i % 2 > 0) for i, c in enumerate(PAIRS)],
     ),
 }
 
@@ -442,6 +464,9 @@ def test_decompositions_are_the_operators(name):
     if name.startswith("cross"):
         make = forward_args if name.endswith("forward") else backward_args
         options = itertools.product(shapes, dtypes, [False, True], [False, True], [0, 1, 2], [0.0, 0.1])
+    elif name.startswith("divergence"):
+        make = divergence_args if name.endswith("forward") else divergence_backward_args
+        options = itertools.product(shapes, dtypes, [torch.float64, torch.bfloat16], [False, True], [False, True])
     else:
         make = binary_args if name.endswith("forward") else binary_backward_args
         options = itertools.product(shapes, dtypes, [torch.bool, torch.float32], [0, 1, 2], [True, False])

@@ -3,6 +3,7 @@
 
 #include "binary_cross_entropy.inl"
 #include "cross_entropy.inl"
+#include "divergence.inl"
 
 #define CECE_KERNELS(NAME, ISA)                                             \
   namespace cece::cpu {                                                     \
@@ -12,5 +13,7 @@
                         CrossEntropy<float, TokenStatisticsArgs>::kernels,  \
                         CrossEntropy<double, TokenStatisticsArgs>::kernels, \
                         BinaryCrossEntropyOf<float>::kernels,               \
-                        BinaryCrossEntropyOf<double>::kernels};             \
+                        BinaryCrossEntropyOf<double>::kernels,              \
+                        Divergence<float>::kernels,                         \
+                        Divergence<double>::kernels};                       \
   }

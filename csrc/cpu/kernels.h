@@ -58,12 +58,20 @@ struct BinaryCrossEntropyKernels {  // tasks: chunks of kChunk elements
   void (*backward)(const BinaryCrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
 };
 
+template <class A>
+struct DivergenceKernels {  // tasks: rows
+  void (*forward)(const DivergenceArgs&, Scratch&, int64_t begin, int64_t end);
+  void (*backward)(const DivergenceArgs&, Scratch&, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   const char* isa;  // as at::get_cpu_capability() names it
   RowKernels<CrossEntropyArgs> cross_entropy_f32, cross_entropy_f64;
   RowKernels<TokenStatisticsArgs> token_statistics_f32, token_statistics_f64;
   BinaryCrossEntropyKernels<float> binary_cross_entropy_f32;
   BinaryCrossEntropyKernels<double> binary_cross_entropy_f64;
+  DivergenceKernels<float> divergence_f32;
+  DivergenceKernels<double> divergence_f64;
 };
 extern const Kernels kDefault, kAvx2, kAvx512;
 

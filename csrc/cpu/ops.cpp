@@ -278,6 +278,36 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
   return grad_input;
 }
 
+// ---- divergences of two rows
+
+// A row is one task, however long: its two passes then meet it in the same cache. A row alone is one thread's work.
+std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                              double temperature, bool symmetric) {
+  DivergenceCall call = check_divergence(x, y, mask, temperature, symmetric);
+  DivergenceArgs& a = call.args;
+  const DivergenceOutputs out = allocate_outputs(call.shapes, x);
+  a.loss = out.loss.mutable_data_ptr(), a.stats = out.stats.mutable_data_ptr();
+  const auto run = [&](const auto& k) {
+    parallel(a.rows.count, grain(a.classes), [&](int64_t b, int64_t e) { k.forward(a, scratch(), b, e); });
+  };
+  call.shapes.acc == at::kDouble ? run(kernels().divergence_f64) : run(kernels().divergence_f32);
+  return {out.loss, out.stats};
+}
+
+Tensor divergence_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                           const Tensor& stats, double temperature, bool symmetric, bool of_other) {
+  const Tensor out = empty_gradient(of_other ? y : x);
+  DivergenceCall call = check_divergence(x, y, mask, temperature, symmetric, &grad, &stats, &out);
+  DivergenceArgs& a = call.args;
+  a.of_y = of_other;
+  const auto run = [&](const auto& k) {
+    parallel(a.rows.count, grain(a.classes), [&](int64_t b, int64_t e) { k.backward(a, scratch(), b, e); });
+  };
+  call.shapes.acc == at::kDouble ? run(kernels().divergence_f64) : run(kernels().divergence_f32);
+  deliver(call.grad, out);
+  return out;
+}
+
 }  // namespace
 }  // namespace cpu
 
@@ -302,4 +332,6 @@ TORCH_LIBRARY_IMPL(cece, CPU, m) {
   m.impl("token_statistics_backward_", token_statistics_backward_);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
+  m.impl("divergence_forward", divergence_forward);
+  m.impl("divergence_backward", divergence_backward);
 }

@@ -24,10 +24,15 @@ struct BinaryCrossEntropyKernels {
   void (*forward)(const BinaryCrossEntropyArgs&, const Device&, void* scratch);
   void (*backward)(const BinaryCrossEntropyArgs&, const Device&);
 };
+struct DivergenceKernels {
+  void (*forward)(const DivergenceArgs&, const Device&);
+  void (*backward)(const DivergenceArgs&, const Device&);
+};
 struct Kernels {
   RowKernels<CrossEntropyArgs> cross_entropy;
   RowKernels<TokenStatisticsArgs> token_statistics;
   BinaryCrossEntropyKernels binary_cross_entropy;
+  DivergenceKernels divergence;
 };
 
 // kF64 takes input of any type: what it sums in is double, as when the target is.

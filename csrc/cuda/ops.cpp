@@ -181,6 +181,31 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
   return grad_input;
 }
 
+// ---- divergences of two rows. The kernels of x's type take a y of any other: a double one asks for those of double.
+
+std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                              double temperature, bool symmetric) {
+  const c10::DeviceGuard guard(x.device());
+  DivergenceCall call = check_divergence(x, y, mask, temperature, symmetric);
+  const DivergenceOutputs out = allocate_outputs(call.shapes, x);
+  call.args.loss = out.loss.mutable_data_ptr(), call.args.stats = out.stats.mutable_data_ptr();
+  kernels(call.shapes.acc, x).divergence.forward(call.args, current_device(x));
+  check_launch();
+  return {out.loss, out.stats};
+}
+
+Tensor divergence_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                           const Tensor& stats, double temperature, bool symmetric, bool of_other) {
+  const c10::DeviceGuard guard(x.device());
+  const Tensor out = at::empty_like(of_other ? y : x);
+  DivergenceCall call = check_divergence(x, y, mask, temperature, symmetric, &grad, &stats, &out);
+  call.args.of_y = of_other;
+  kernels(call.shapes.acc, x).divergence.backward(call.args, current_device(x));
+  check_launch();
+  deliver(call.grad, out);
+  return out;
+}
+
 void register_all(torch::Library& m) {
   m.impl("cross_entropy_forward", cross_entropy_forward);
   m.impl("cross_entropy_backward", cross_entropy_backward);
@@ -190,6 +215,8 @@ void register_all(torch::Library& m) {
   m.impl("token_statistics_backward_", token_statistics_backward_);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
+  m.impl("divergence_forward", divergence_forward);
+  m.impl("divergence_backward", divergence_backward);
 }
 
 }  // namespace

@@ -25,6 +25,8 @@ OPERATORS = [
     "token_statistics_backward_",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_backward",
+    "divergence_forward",
+    "divergence_backward",
 ]
 # -O1 compiles in half the time of -O2 and runs as fast: the emulator spends its time in switches between stacks.
 FLAGS = [

@@ -14,6 +14,8 @@ weight: torch.Tensor | None = torch.rand(5)
 assert_type(cece.cross_entropy(logits, labels, weight, label_smoothing=0.1, inplace_backward=False), torch.Tensor)
 assert_type(cece.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight), torch.Tensor)
 assert_type(cece.binary_cross_entropy(logits.sigmoid(), truth, reduction="sum"), torch.Tensor)
+assert_type(cece.kl_divergence(logits, logits.detach(), temperature=2, reduction="batchmean"), torch.Tensor)
+assert_type(cece.js_divergence(logits, truth, mask=labels > 1, normalizer=3.0), torch.Tensor)
 cece.check_targets(labels, num_classes=5, ignore_index=3)
 modules: list[torch.nn.Module] = [cece.CrossEntropyLoss(weight), cece.BCEWithLogitsLoss(), cece.BCELoss(weight)]
 assert_type(cece.CrossEntropyLoss(ignore_index=3).forward(logits, labels), torch.Tensor)
