@@ -4,8 +4,8 @@
     no logits   cece.linear_cross_entropy(hidden, weight, next token): a chunk of them at a time
 
 The text is on every machine that has Python; nothing is downloaded. Same seed, same batches: the curves must coincide,
-or the example exits with 1. Beside them stand the time of a step and the memory it takes; train_lm.png draws it all. Each
-runs in a process of its own, whose memory is nobody else's.
+or the example exits with 1. Beside them stand the time of a step and the memory it takes; train_lm.png draws it all.
+Each runs in a process of its own, whose memory is nobody else's.
 
 With ``--rl`` the trained model then learns by rewards what text to write, in a few steps of a policy gradient in the
 manner of GRPO: cece.token_statistics gives log-probability and entropy of every token from one pass over its logits.
