@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._arguments import as_bool, as_float, as_integer, check_tensors, not_for_dtensors
+from ._arguments import as_bool, as_float, as_integer, check_dim, check_tensors, not_for_dtensors
+from ._script import classes_second
 from .ops import TOKEN_STATISTICS, WANTED
 
 __all__ = ["TokenStatistics", "entropy", "token_statistics"]
@@ -84,7 +85,7 @@ def token_statistics(
     name = "token_statistics"
     check_tensors(name, {"logits": logits}, {"target": target})
     not_for_dtensors(name, logits, target)
-    dim, ignore_index = as_integer(name, "dim", dim), as_integer(name, "ignore_index", ignore_index)
+    ignore_index = as_integer(name, "ignore_index", ignore_index)
     temperature = as_float(name, "temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"cece.{name}: temperature must be a positive number, got {temperature}")
@@ -96,13 +97,16 @@ def token_statistics(
         raise ValueError(f"cece.{name}: ask for at least one of {', '.join(asked)}")
     if log_prob and target is None:
         raise ValueError(f"cece.{name}: log_prob needs a target, got None")
-    rows, shape = classes_second(name, logits, dim)
+    dim = check_dim(name, logits, dim)
+    shape = torch.Size(n for d, n in enumerate(logits.shape) if d != dim % logits.dim())
     if target is not None and target.shape != shape:
         raise ValueError(
             f"cece.{name}: target must have shape {tuple(shape)}, logits' without the classes in dimension {dim}, got"
             f" {tuple(target.shape)}; are the classes in another dimension, say so: dim=-1"
         )
-    *values, _ = TOKEN_STATISTICS(rows, target, None, ignore_index, 0.0, 1 / temperature, 0.0, False, wanted)
+    *values, _ = TOKEN_STATISTICS(
+        classes_second(logits, dim), target, None, ignore_index, 0.0, 1 / temperature, 0.0, False, wanted
+    )
     if log_prob:
         values[0] = -values[0]
     return TokenStatistics(*(v if asked[key] else None for key, v in zip(asked, values, strict=True)))
@@ -125,13 +129,3 @@ def entropy(logits: Tensor, *, temperature: float = 1.0, dim: int = 1) -> Tensor
     value = token_statistics(logits, entropy=True, temperature=temperature, dim=dim).entropy
     assert value is not None
     return value
-
-
-def classes_second(name: str, logits: Tensor, dim: int) -> tuple[Tensor, torch.Size]:
-    """logits as the operators take them, the classes in dimension 1 of more than one; and the shape of their rows."""
-    if logits.dim() == 1 and dim == 1:
-        dim = 0
-    if not -logits.dim() <= dim < logits.dim():
-        raise IndexError(f"cece.{name}: dim must be a dimension of logits of shape {tuple(logits.shape)}, got {dim}")
-    rest = [n for d, n in enumerate(logits.shape) if d != dim % logits.dim()]
-    return logits.movedim(dim, 1) if logits.dim() > 1 else logits, torch.Size(rest)
