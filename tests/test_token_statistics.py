@@ -448,3 +448,52 @@ def test_no_rows_no_classes():
     assert all(v.shape == (0,) for v in s)
     with pytest.raises(RuntimeError, match="at least one class"):
         cece.token_statistics(torch.zeros(3, 0), entropy=True)
+
+
+def test_torch_functions_see_them():
+    from torch.overrides import TorchFunctionMode
+
+    class Seen(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.names, self.keywords = [], set()
+
+        def __torch_function__(self, function, kinds, args=(), kwargs=None):
+            self.names.append(getattr(function, "__name__", ""))
+            self.keywords |= set(kwargs or {})
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        s = cece.token_statistics(X, Y, entropy=True, temperature=2.0)
+        loss = cece.cross_entropy(X, Y, z_loss=0.1, normalizer=torch.tensor(3))
+    assert seen.names[0] == "token_statistics" and "cross_entropy" in seen.names
+    assert {"temperature", "z_loss", "normalizer"} <= seen.keywords and "softcap" not in seen.keywords
+    assert torch.equal(s.entropy, cece.entropy(X, temperature=2.0))
+    assert torch.equal(loss, cece.cross_entropy(X, Y, z_loss=0.1, normalizer=3))
+
+
+def test_only_requested_gradients():
+    """A target's gradient, a weight's and a token weight's where they are asked for, and of nothing else."""
+    x, t = torch.randn(4, 5), torch.rand(4, 5)
+    for wanted in itertools.product((False, True), repeat=4):
+        leaves = [x, t, torch.rand(5), torch.rand(4)]
+        leaves = [leaf.clone().requires_grad_(w) for leaf, w in zip(leaves, wanted, strict=True)]
+        loss = cece.cross_entropy(*leaves[:3], token_weight=leaves[3], z_loss=0.1)
+        assert loss.requires_grad == any(wanted)
+        if any(wanted):
+            loss.backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+
+
+def test_bit_identical_for_any_number_of_threads():
+    x, y = torch.randn(3, 140001), torch.tensor([5, 70000, 140000])
+    results = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        logits = x.clone().requires_grad_()
+        s = cece.token_statistics(logits, y, **ALL)
+        results.append([*(v for v in s if v is not None), gradient([s.log_prob, s.entropy, s.collision], logits)])
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
