@@ -18,6 +18,7 @@ PYTHON=${1:-${PYTHON:-python3}}
 case $CALL in smoke | tests | benchmarks) ;; *) sed -n '2,5p' "$0" >&2 && exit 64 ;; esac
 ((${#rehearse[@]})) && CECE_CUDA=0 || CECE_CUDA=1
 export OUT=${OUT:-benchmarks/results} TORCH_CUDA_ARCH_LIST=9.0 CECE_CUDA PYTHONPATH=$PWD:$PWD/build/peers
+PYTHONPATH+=:$PWD/build/peers/nvidia_cutlass_dsl/python_packages # what its .pth names, which is not read there
 mkdir -p "$OUT" build/peers
 LOG=$OUT/gpu-check-$CALL.log
 : >"$LOG"

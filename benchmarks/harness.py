@@ -44,7 +44,7 @@ class Case:
     """A call of cece's loss of this name, and of torch's: torch.nn.functional's of the same name, or `eager`."""
 
     name: str
-    loss: str
+    loss: str | Callable
     shape: tuple
     target: Callable  # (logits) -> tensor
     dtype: torch.dtype = torch.float32
@@ -91,7 +91,7 @@ class Step:
 
 class Cece(Step):
     def make_loss(self, case):
-        return getattr(cece, case.loss)
+        return case.loss if callable(case.loss) else getattr(cece, case.loss)
 
 
 class CeceInPlace(Cece):
@@ -131,7 +131,7 @@ CONTENDERS = {"cece": Cece, "cece in place": CeceInPlace, "eager": Eager, "compi
 
 
 def contenders(case):
-    names = [n for n in CONTENDERS if n != "cece in place" or case.loss == "cross_entropy"]
+    names = [n for n in CONTENDERS if n != "cece in place" or (case.loss == "cross_entropy" and not case.eager)]
     tensors = case.tensors()
     return {name: CONTENDERS[name](case, *tensors) for name in names}, byte_model(*tensors[:2])
 

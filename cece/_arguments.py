@@ -71,3 +71,13 @@ def dtensor_among(*tensors: Tensor | None) -> Any:
 def not_for_dtensors(loss: str, *tensors: Tensor | None) -> None:
     if dtensor_among(*tensors):
         raise NotImplementedError(f"cece.{loss}: DTensors are not supported yet: pass each rank's part (to_local())")
+
+
+def check_dim(loss: str, logits: Tensor, dim: Any) -> int:
+    """The dimension of the classes: 1, or 0 of a single row, unless the caller says otherwise."""
+    dim = as_integer(loss, "dim", dim)
+    if logits.dim() == 1 and dim == 1:
+        return 0
+    if not -logits.dim() <= dim < logits.dim():
+        raise IndexError(f"cece.{loss}: dim must be a dimension of logits of shape {tuple(logits.shape)}, got {dim}")
+    return dim

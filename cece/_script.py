@@ -268,6 +268,11 @@ def reduce_rows(
     return total / rows.numel() if mask is None else total / mask.sum()
 
 
+def classes_second(logits: Tensor, dim: int) -> Tensor:
+    """logits as the operators take them: classes in dimension 1, wherever there is another."""
+    return logits.movedim(dim, 1) if logits.dim() > 1 else logits
+
+
 def kl_divergence(
     logits: Tensor,
     target_logits: Tensor,
@@ -278,7 +283,11 @@ def kl_divergence(
     normalizer: Tensor | float | None = None,
     target_indices: Tensor | None = None,
     tail: str = "lump",
+    dim: int = 1,
 ) -> Tensor:
+    logits, target_logits = classes_second(logits, dim), classes_second(target_logits, dim)
+    if target_indices is not None:
+        target_indices = classes_second(target_indices, dim)
     if target_indices is None:
         rows = torch.ops.cece.divergence_forward(logits, target_logits, mask, temperature, False)[0]
     else:
@@ -294,7 +303,9 @@ def js_divergence(
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    dim: int = 1,
 ) -> Tensor:
+    logits, other_logits = classes_second(logits, dim), classes_second(other_logits, dim)
     rows = torch.ops.cece.divergence_forward(logits, other_logits, mask, temperature, True)[0]
     return reduce_rows("js_divergence", rows, reduction, mask, token_weight, normalizer)
 

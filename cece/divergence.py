@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _script
-from ._arguments import as_float, check_tensors, not_for_dtensors
+from ._arguments import as_float, check_dim, check_tensors, not_for_dtensors
 from ._script import scripted_as
 from .functional import _divisor
 
@@ -32,6 +32,7 @@ def kl_divergence(
     normalizer: Tensor | float | None = None,
     target_indices: Tensor | None = None,
     tail: str = "lump",
+    dim: int = 1,
 ) -> Tensor:
     """Kullback-Leibler divergence ``KL(q || p) = sum_j q_j (log q_j - log p_j)`` of two rows of *logits*.
 
@@ -62,6 +63,7 @@ def kl_divergence(
         normalizer: a number or a tensor of one, which ``'mean'`` divides by instead of the number of rows. Never
             synced.
         target_indices: int64, target_logits' shape: the classes that target_logits are of, no class twice in a row.
+        dim: the dimension of the classes (of one row, the only one); -1 for ``(batch, sequence, C)``.
         tail: of a top-k teacher. ``'lump'``: all other classes are one, of both rows. ``'renormalize'``: the teacher's
             k probabilities are made to add up to 1. ``'ignore'``: the k terms of the sum as they are, which may come
             out negative. Any of them costs a float32 copy of the logits, in which the k are struck out, and its
@@ -91,13 +93,15 @@ def kl_divergence(
             normalizer=normalizer,
             target_indices=target_indices,
             tail=tail,
+            dim=dim,
         )
     required: dict[str, object] = {"logits": logits, "target_logits": target_logits}
     optional: dict[str, object] = {"mask": mask, "token_weight": token_weight, "target_indices": target_indices}
     temperature = _check("kl_divergence", required, optional, temperature)
+    dim = check_dim("kl_divergence", logits, dim)
     normalizer = _divisor("kl_divergence", normalizer)
     return _script.kl_divergence(
-        logits, target_logits, temperature, reduction, mask, token_weight, normalizer, target_indices, tail
+        logits, target_logits, temperature, reduction, mask, token_weight, normalizer, target_indices, tail, dim
     )
 
 
@@ -111,6 +115,7 @@ def js_divergence(
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    dim: int = 1,
 ) -> Tensor:
     """Jensen-Shannon divergence ``(KL(p || m) + KL(q || m)) / 2`` of two rows of *logits*, ``m = (p + q) / 2``.
 
@@ -126,6 +131,7 @@ def js_divergence(
         mask: bool, shape of the rows: where False, value and gradient are 0 and the row does not count in the mean.
         token_weight: a factor for each row, shape of the rows. It does not count in the mean.
         normalizer: a number or a tensor of one, which ``'mean'`` divides by instead of the number of rows.
+        dim: the dimension of the classes (of one row, the only one); -1 for ``(batch, sequence, C)``.
 
     Returns:
         The divergence in nats, float32 (float64 if one of the logits are). Differentiable in both.
@@ -146,9 +152,11 @@ def js_divergence(
             mask=mask,
             token_weight=token_weight,
             normalizer=normalizer,
+            dim=dim,
         )
     required: dict[str, object] = {"logits": logits, "other_logits": other_logits}
     optional: dict[str, object] = {"mask": mask, "token_weight": token_weight}
     temperature = _check("js_divergence", required, optional, temperature)
+    dim = check_dim("js_divergence", logits, dim)
     normalizer = _divisor("js_divergence", normalizer)
-    return _script.js_divergence(logits, other_logits, temperature, reduction, mask, token_weight, normalizer)
+    return _script.js_divergence(logits, other_logits, temperature, reduction, mask, token_weight, normalizer, dim)

@@ -125,7 +125,7 @@ def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reductio
         target,
         weight,
         stats.movedim(0, 1),
-        total_weight.new_ones(()),
+        total_weight.new_empty(()),  # read by a mean alone
         NONE,
         ignore_index,
         label_smoothing,

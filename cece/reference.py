@@ -56,10 +56,10 @@ def cross_entropy(
 
 
 def token_statistics(
-    logits: Tensor, target: Tensor | None = None, *, temperature: float = 1.0, ignore_index: int = -100, dim: int = -1
+    logits: Tensor, target: Tensor | None = None, *, temperature: float = 1.0, ignore_index: int = -100, dim: int = 1
 ) -> dict[str, Tensor]:
     """All of them, by name: ``p = softmax(logits / temperature)``; rows of ignored targets are 0."""
-    z = logits / temperature
+    z, dim = logits / temperature, dim if logits.dim() > 1 else 0
     log_p = z.log_softmax(dim)
     p = log_p.exp()
     out = {

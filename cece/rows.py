@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._arguments import as_bool, as_float, as_integer, check_tensors, not_for_dtensors
+from ._arguments import as_bool, as_float, as_integer, check_dim, check_tensors, not_for_dtensors
+from ._script import classes_second
 from .ops import TOKEN_STATISTICS, WANTED
 
 __all__ = ["TokenStatistics", "entropy", "token_statistics"]
@@ -33,7 +34,7 @@ def token_statistics(
     argmax: bool = False,
     temperature: float = 1.0,
     ignore_index: int = -100,
-    dim: int = -1,
+    dim: int = 1,
 ) -> TokenStatistics:
     """Statistics of every row ``p = softmax(logits / temperature)``, in one pass over the logits and one for gradients.
 
@@ -41,7 +42,8 @@ def token_statistics(
     tiny values keep their bits: an entropy or ``-log_prob`` of 1e-12 is right to some units of the last place.
 
     Args:
-        logits: any shape, classes in dimension `dim`; float64, float32, float16 or bfloat16; any strides, no copy.
+        logits: shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, or as another `dim` says; float64, float32,
+            float16 or bfloat16; any strides, without a copy.
         target: class indices, logits' shape without `dim`; an integer dtype. Needed for log_prob. Rows whose target is
             `ignore_index` have 0 in all statistics, and no gradient.
         log_prob: ``log p[target]``, which is minus the cross-entropy. None: wherever there is a target.
@@ -51,7 +53,7 @@ def token_statistics(
         argmax: the index of the largest logit, int64: the first NaN or maximum, as :func:`torch.argmax`. No gradient.
         temperature: a positive number.
         ignore_index: as in :func:`cross_entropy`.
-        dim: the dimension of the classes.
+        dim: the dimension of the classes (of one row, the only one); -1 for ``(batch, sequence, C)``.
 
     Returns:
         A :class:`TokenStatistics` of logits' shape without `dim`; float32, or float64 if logits are. What was not asked
@@ -83,7 +85,7 @@ def token_statistics(
     name = "token_statistics"
     check_tensors(name, {"logits": logits}, {"target": target})
     not_for_dtensors(name, logits, target)
-    dim, ignore_index = as_integer(name, "dim", dim), as_integer(name, "ignore_index", ignore_index)
+    ignore_index = as_integer(name, "ignore_index", ignore_index)
     temperature = as_float(name, "temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"cece.{name}: temperature must be a positive number, got {temperature}")
@@ -95,22 +97,29 @@ def token_statistics(
         raise ValueError(f"cece.{name}: ask for at least one of {', '.join(asked)}")
     if log_prob and target is None:
         raise ValueError(f"cece.{name}: log_prob needs a target, got None")
-    rows, shape = _classes_second(name, logits, dim)
+    dim = check_dim(name, logits, dim)
+    shape = torch.Size(n for d, n in enumerate(logits.shape) if d != dim % logits.dim())
     if target is not None and target.shape != shape:
-        raise ValueError(f"cece.{name}: target must have shape {tuple(shape)}, got {tuple(target.shape)}")
-    *values, _ = TOKEN_STATISTICS(rows, target, None, ignore_index, 0.0, 1 / temperature, 0.0, False, wanted)
+        raise ValueError(
+            f"cece.{name}: target must have shape {tuple(shape)}, logits' without the classes in dimension {dim}, got"
+            f" {tuple(target.shape)}; are the classes in another dimension, say so: dim=-1"
+        )
+    *values, _ = TOKEN_STATISTICS(
+        classes_second(logits, dim), target, None, ignore_index, 0.0, 1 / temperature, 0.0, False, wanted
+    )
     if log_prob:
         values[0] = -values[0]
     return TokenStatistics(*(v if asked[key] else None for key, v in zip(asked, values, strict=True)))
 
 
-def entropy(logits: Tensor, *, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def entropy(logits: Tensor, *, temperature: float = 1.0, dim: int = 1) -> Tensor:
     """Entropy ``-sum_j p_j log p_j`` of every row ``p = softmax(logits / temperature)``, in nats.
 
     Args:
-        logits: any shape, classes in dimension `dim`; float64, float32, float16 or bfloat16; any strides, no copy.
+        logits: shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, or as another `dim` says; float64, float32,
+            float16 or bfloat16; any strides, without a copy.
         temperature: a positive number.
-        dim: the dimension of the classes.
+        dim: the dimension of the classes (of one row, the only one); -1 for ``(batch, sequence, C)``.
 
     Returns:
         logits' shape without `dim`; float32, or float64 if logits are. Raises and is exact as :func:`token_statistics`.
@@ -120,11 +129,3 @@ def entropy(logits: Tensor, *, temperature: float = 1.0, dim: int = -1) -> Tenso
     value = token_statistics(logits, entropy=True, temperature=temperature, dim=dim).entropy
     assert value is not None
     return value
-
-
-def _classes_second(name: str, logits: Tensor, dim: int) -> tuple[Tensor, torch.Size]:
-    """logits as the operators take them, the classes in dimension 1 of more than one; and the shape of their rows."""
-    if not -logits.dim() <= dim < logits.dim():
-        raise IndexError(f"cece.{name}: dim must be a dimension of logits of shape {tuple(logits.shape)}, got {dim}")
-    rest = [n for d, n in enumerate(logits.shape) if d != dim % logits.dim()]
-    return logits.movedim(dim, 1) if logits.dim() > 1 else logits, torch.Size(rest)

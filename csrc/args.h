@@ -41,7 +41,7 @@ struct CrossEntropyArgs {
   void* stats;         // (3, rows) Acc: max, log_sum, mass
   void* loss;          // (rows) Acc; scratch unless reduction is none
   void* reduced;       // () Acc: the mean or sum
-  void* total_weight;  // () Acc: what a mean divides by
+  void* total_weight;  // () Acc: what a mean divides by, 1 with reduction none
   int64_t* bad_row;    // CPU: the first row with an impossible label, or rows.count
 
   const void* grad_loss;  // Acc: (rows), or () when reduced
@@ -77,7 +77,7 @@ struct TokenStatisticsArgs : CrossEntropyArgs {
   const void *grad_entropy, *grad_logsumexp, *grad_collision;  // beside grad_loss, which may be null here
 };
 
-// Elementwise: one loss for each element of `shape`.
+// Elementwise: one loss for each element of `shape`, whose dimensions are in the order of the input's memory.
 struct BinaryCrossEntropyArgs {
   Shape shape;
   Operand input, target;
@@ -85,7 +85,7 @@ struct BinaryCrossEntropyArgs {
   bool with_logits;
   Reduction reduction;
 
-  Operand loss;   // shape, Acc; absent unless reduction is none
+  void* loss;     // shape, Acc, contiguous; null unless reduction is none
   void* partial;  // (chunks) double or null: sums in a fixed order
   int64_t* bad;   // CPU: the first element that is no probability, or shape.count
   void* reduced;  // () Acc

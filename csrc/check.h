@@ -6,12 +6,14 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/SymIntArrayRef.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -122,13 +124,29 @@ inline bool merge_dims(at::IntArrayRef sizes, at::IntArrayRef dims, at::ArrayRef
   return true;
 }
 
-inline std::string position(at::IntArrayRef sizes, int64_t linear) {  // "[1, 2]" of an element
-  std::string s;
-  for (int64_t d = int64_t(sizes.size()) - 1; d >= 0; d--) {
-    s = std::to_string(linear % sizes[d]) + (s.empty() ? "" : ", ") + s;
-    linear /= sizes[d];
+inline std::vector<int64_t> logical_order(int64_t n) {
+  std::vector<int64_t> dims(n);
+  std::iota(dims.begin(), dims.end(), 0);
+  return dims;
+}
+// The dimensions of a tensor from the outermost in its memory, which at::empty_like keeps: a tensor of its making is
+// contiguous in this order.
+inline std::vector<int64_t> memory_order(const Tensor& t) {
+  const Tensor dense = t.is_non_overlapping_and_dense() ? t : at::empty_like(t, t.options().device(at::kMeta));
+  std::vector<int64_t> dims = logical_order(t.dim());
+  if (dense.is_contiguous()) return dims;
+  std::stable_sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return dense.stride(a) > dense.stride(b); });
+  return dims;
+}
+
+// "[1, 2]" of an element, by its number in the order of `dims`
+inline std::string position(at::IntArrayRef sizes, at::IntArrayRef dims, int64_t linear) {
+  std::vector<int64_t> at(sizes.size());
+  for (int64_t i = int64_t(dims.size()) - 1; i >= 0; i--) {
+    at[dims[i]] = linear % sizes[dims[i]];
+    linear /= sizes[dims[i]];
   }
-  return "[" + s + "]";
+  return c10::str(at::IntArrayRef(at));
 }
 
 // t as contiguous `type`, itself where it already is: the dispatcher would take a microsecond to find that out.
@@ -218,7 +236,7 @@ inline CrossEntropyOutputs allocate_outputs(const CrossEntropyShapes& s, const T
   const bool reduced = Reduction(reduction) != Reduction::none;
   CrossEntropyOutputs out;
   out.stats = at::empty_symint(stats_sizes, options);
-  out.total_weight = reduced ? at::empty({}, options) : at::ones({}, options);  // 1: nothing is divided
+  out.total_weight = at::empty({}, options);  // 1 with reduction none, which the kernels write too
   out.row_losses = at::empty_symint(s.rows, options);
   out.loss = reduced ? at::empty({}, options) : out.row_losses;
   return out;
@@ -342,8 +360,12 @@ inline CrossEntropyShapes check_token_statistics_shapes(const Tensor& logits, co
                     "cece.cross_entropy: softcap must be a positive, finite number, got ", digits(o.softcap));
   TORCH_CHECK(present(target) || (!present(weight) && o.label_smoothing == 0),
               "cece.cross_entropy: weight and label_smoothing need a target");
-  return check_cross_entropy_shapes(logits, present(target) ? *target : Tensor(), weight, int64_t(Reduction::none),
-                                    o.ignore_index, o.label_smoothing);
+  CrossEntropyShapes s = check_cross_entropy_shapes(logits, present(target) ? *target : Tensor(), weight,
+                                                    int64_t(Reduction::none), o.ignore_index, o.label_smoothing);
+  const auto classes = logits.sym_size(s.class_dim);
+  TORCH_CHECK(!TORCH_GUARD_OR_FALSE(classes.sym_eq(0)), "cece.cross_entropy: input must have at least one class, got ",
+              logits.sym_sizes());
+  return s;
 }
 
 using TokenOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ..., argmax, stats
@@ -557,14 +579,14 @@ inline at::ScalarType check_binary_cross_entropy_shapes(const Tensor& input, con
 }
 inline Tensor allocate_loss(const Tensor& input, at::ScalarType acc, int64_t reduction) {
   const auto options = input.options().dtype(acc);
-  return Reduction(reduction) == Reduction::none ? at::empty_symint(input.sym_sizes(), options)
-                                                 : at::empty({}, options);
+  return Reduction(reduction) == Reduction::none ? at::empty_like(input, options) : at::empty({}, options);
 }
 
 struct BinaryCrossEntropyCall {
   BinaryCrossEntropyArgs args{};
   std::array<Tensor, 6> held;  // input, target, weight, pos_weight, grad_loss, grad_input
   at::ScalarType acc;
+  std::vector<int64_t> dims;  // of input, from the outermost in its memory: elements are taken in that order
 };
 
 inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, const Tensor& target,
@@ -590,18 +612,17 @@ inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, co
   if (grad_input) call.held[5] = *grad_input;
 
   Operand* operands[] = {&a.input, &a.target, &a.weight, &a.pos_weight, &a.grad_loss, &a.grad_input};
-  std::vector<int64_t> dims(input.dim());
-  for (int64_t d = 0; d < input.dim(); d++) dims[d] = d;
+  call.dims = memory_order(input);
   const auto merge = [&] {
     c10::SmallVector<Strided, 6> all;
     for (int i = 0; i < 6; i++) {
       if (call.held[i].defined() && (i != 4 || none)) all.push_back({&call.held[i], operands[i]});
     }
-    return merge_dims(input.sizes(), dims, all, a.shape);
+    return merge_dims(input.sizes(), call.dims, all, a.shape);
   };
   if (!merge()) {
     for (Tensor& t : call.held) {  // the gradient too: deliver()
-      if (t.defined() && t.dim() == input.dim()) t = t.contiguous();
+      if (t.defined() && t.dim() == input.dim()) t = at::empty_like(input, t.options()).copy_(t);
     }
     merge();
   }

@@ -3,19 +3,19 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import newest_object
 from cuda_emulation.backend import OPERATORS
-from machine_code import WIDE, kernels
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.machine_code import WIDE, cuda_home, cuobjdump, kernel_name, kernels, rows, tool  # noqa: E402
+
 BUILD = ROOT / "build/cuda"  # the objects are build/objects, where all builds keep theirs
 ARCHS = ["8.0", "9.0", "10.0"]
 DTYPES = ["f64", "f32", "f16", "bf16"]
@@ -29,6 +29,8 @@ REGISTERS = {
     "backward_rows shifted": {"32": (80, 80, 0, 96), "f16": (80, 80, 0, 112), "f64": (96, 96, 0, 96)},
     "forward_pixels": {"32": (72, 80, 104, 80, 104), "f64": (168, 216, 216, 184)},
     "backward_pixels": {"32": (64, 64, 88, 64, 104), "f64": (128, 128, 176, 128)},
+    "forward_pixels pairs": {"32": (72, 80)},
+    "backward_pixels pairs": {"32": (64, 64)},
     "finish_rows": {"32": (48, 48, 48, 48, 48), "f64": (64, 64, 64, 64)},
     "forward_pairs": {"32": (64,), "f64": (128,)},
     "backward_pairs": {"32": (56,), "f64": (64,)},
@@ -38,51 +40,6 @@ REGISTERS = {
     "reduce_partial": {"32": (40,), "f64": (40,)},
     "reduce_elements": {"32": (40,), "f64": (40,)},
 }
-
-# Elements a round of the hot loop on sm_90, instructions an element at most, and loads under way before the first
-# result is used. What memory affords, at 90 % of the issue rate: 2 bytes an element 18 on an H100 and 13 on an H200,
-# 4 bytes twice that, and so on (tune.h has the bytes). Classes of targets: a label, smoothing, probabilities,
-# smoothing with class weights; of a binary loss the target's type: as the input, bool, float32 beside 16 bits.
-HOT_LOOPS = {
-    ("bf16", "forward_rows", 0): (32, 11, 4),
-    ("bf16", "forward_rows", 1): (32, 16, 4),
-    ("bf16", "forward_rows", 2): (16, 28, 4),
-    ("bf16", "forward_rows", 3): (16, 31, 2),
-    ("bf16", "backward_rows", 0): (16, 16, 2),
-    ("bf16", "backward_rows", 1): (16, 16, 2),
-    ("bf16", "backward_rows", 2): (16, 20, 4),
-    ("bf16", "backward_rows shifted", 0): (16, 18, 4),
-    ("bf16", "forward_pixels", 0): (8, 19, 7),
-    ("bf16", "forward_pixels", 1): (8, 34, 7),
-    ("bf16", "backward_pixels", 0): (8, 28, 7),
-    ("bf16", "binary_forward", "input"): (16, 28, 4),
-    ("bf16", "binary_forward", "bool"): (16, 30, 4),
-    ("bf16", "binary_forward", "f32"): (16, 28, 6),
-    ("bf16", "binary_backward", "input"): (16, 21, 4),
-    ("bf16", "binary_backward", "bool"): (16, 23, 4),
-    ("bf16", "binary_backward", "f32"): (16, 21, 6),
-    ("f32", "forward_rows", 0): (16, 18, 4),
-    ("f32", "forward_rows", 1): (16, 24, 4),
-    ("f32", "backward_rows", 0): (8, 28, 2),
-    ("f32", "backward_rows shifted", 0): (8, 28, 4),
-    ("f32", "forward_pixels", 0): (8, 26, 7),
-    ("f32", "binary_forward", "input"): (8, 37, 4),
-    ("f32", "binary_forward", "bool"): (8, 40, 4),
-    ("f32", "binary_backward", "input"): (8, 29, 4),
-}
-
-# Instructions that a warp takes to merge its lanes' states of a row, for the shuffles it takes: the maximum's and as
-# many for each sum. A row of 1024 classes in bfloat16 has 340 beside them.
-MERGES = {("forward_rows", 0): (10, 60), ("forward_rows", 1): (20, 80)}
-
-
-def cuda_home():
-    nvcc = shutil.which("nvcc")
-    for home in (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"):
-        if home and (Path(home) / "bin/nvcc").is_file() and (Path(home) / "include/cuda_runtime.h").is_file():
-            return Path(home)
-    return None
-
 
 pytestmark = pytest.mark.skipif(cuda_home() is None, reason="no nvcc here: the CUDA library is not built in this run")
 
@@ -154,45 +111,11 @@ __global__ void kernel(cece::Tournament<float>* t, const float (&x)[4]) { t->pus
 # ---- what is in the machine code
 
 
-def tool(name):
-    """cuobjdump or nvdisasm: the toolkit's, a pip wheel's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), or on PATH."""
-    site = Path(torch.__file__).parents[1]
-    for folder in (cuda_home() / "bin", *site.glob("nvidia/*/bin"), site / "triton/backends/nvidia/bin"):
-        if (folder / name).is_file():
-            return folder / name
-    return shutil.which(name) and Path(shutil.which(name))
-
-
 @pytest.fixture(scope="module")
 def dump(built):
-    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
-    if not cuobjdump or not nvdisasm:
+    if not tool("cuobjdump") or not tool("nvdisasm"):
         pytest.skip("no cuobjdump and nvdisasm here: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    path = os.pathsep.join([str(cuobjdump.parent), str(nvdisasm.parent), os.environ["PATH"]])
-
-    def run(dtype, *args):
-        file = newest_object(f"cuda-{dtype}")
-        done = subprocess.run(
-            [cuobjdump, *args, file], capture_output=True, text=True, env={**os.environ, "PATH": path}
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
-def kernel_name(mangled):
-    """ "forward_rows" and its kind of target, 0 to 4, or 0; of a binary loss on logits the target's type, else None.
-
-    "backward_rows shifted": the kernel for rows whose gradient lies otherwise to 16 bytes than the logits.
-    """
-    name = next(k for k in REGISTERS if re.search(rf"\d{k}I", mangled))
-    if name.startswith("binary"):
-        kind = re.search(r"WithLogitsE(\w+?)EE", mangled)
-        kinds = {"v": "any", "h": "bool", "f": "input" if re.search(rf"{name}If", mangled) else "f32"}
-        return name, kind and kinds.get(kind[1], "input")
-    kind = re.search(r"TargetE(\d)(ELb1)?", mangled)
-    return name + " shifted" * bool(kind and kind[2]), int(kind[1]) if kind else 0
+    return lambda dtype, *args: cuobjdump(newest_object(f"cuda-{dtype}"), *args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -210,7 +133,7 @@ def test_registers_and_no_spills(dump, dtype):
                 limits = REGISTERS[name].get(dtype, REGISTERS[name]["32"])
                 limit = limits[0 if name.startswith("binary") else kind]
                 assert int(registers) <= limit, f"{mangled}: {registers} registers, {limit} expected"
-    assert seen == set(REGISTERS)
+    assert seen == {name for name in REGISTERS if dtype in ("f16", "bf16") or "pairs" not in name}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -237,24 +160,10 @@ def test_sixteen_byte_accesses(dump, dtype, arch):
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_hot_loops(dump, dtype):
-    """Few enough instructions an element to keep up with memory, enough loads under way before one is waited for."""
-    found = {kernel_name(code.mangled): code for code in kernels(dump(dtype, "-sass", "-arch", "sm_90"))}
-    wrong = []
-    for (of, *name), (elements, limit, loads) in HOT_LOOPS.items():
-        if of != dtype:
-            continue
-        code = found[tuple(name)]
-        loop = code.hot_loop()
-        each, before_use = code.instructions_a_round(loop, elements) / elements, code.loads_before_use(*loop)
-        print(f"{dtype:5s}{name[0]:16s} {name[1]!s:6s} {each:5.1f} instructions, {before_use} loads under way")
-        if each > limit or before_use < loads:
-            wrong.append(f"{name}: {each:.1f} instructions for {limit}, {before_use} loads for {loads}")
-    for name, (shuffles, limit) in MERGES.items():
-        merge = found[name].instructions_a_merge(shuffles)
-        print(f"{dtype:5s}{name[0]:16s} {name[1]!s:6s} {merge:5d} instructions to merge a warp")
-        if merge > limit:
-            wrong.append(f"{name}: {merge} instructions to merge a warp for {limit}")
-    assert not wrong, wrong
+    """Few enough instructions to keep up with memory, enough loads under way before one is waited for."""
+    found = rows(dtype, dump(dtype, "-sass", "-arch", "sm_90"))
+    print(*found, sep="\n")
+    assert not [row for row in found if row.is_slow()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -249,6 +249,20 @@ int main() {
     assert parts[-1] == "1" and int(parts[0]) >= 7
 
 
+def test_no_launch_but_the_kernels(emulated):
+    """Each of torch's own kernels is a launch, a microsecond or two: without a reduction there is ours and no other."""
+    for logits in (torch.randn(5, 7), torch.randn(7, 5).t(), torch.randn(2, 40001)):
+        x, labels = logits.requires_grad_(), torch.arange(len(logits))
+        for reduction in ("none", "mean"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                loss = cece.cross_entropy(x, labels, reduction=reduction)
+            said = {event.key for event in profile.key_averages() if event.key.startswith("aten::")}
+            assert said <= {"aten::empty"}, said
+    total = torch.ops.cece.cross_entropy_forward(x, labels, None, 0, -100, 0.0)[2]
+    assert total == 1 and loss.isfinite()
+    assert torch.ops.cece.cross_entropy_forward(x[:0], labels[:0], None, 0, -100, 0.0)[2] == 1
+
+
 def test_bad_labels(emulated):
     """NaN in its row, which is how CUDA says it, and in no other."""
     for logits in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(4, 3000), torch.randn(4, 40001)):
@@ -331,6 +345,42 @@ def test_binary_layouts(emulated, shape, layout, dtype):
         torch.testing.assert_close(grad.double(), true_grad, rtol=4 * max(torch.finfo(dtype).eps, 1e-7), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_pixels_in_pairs(emulated, dtype, smoothing):
+    """Two pixels a thread, of which either may be ignored, and each way of lying in which they cannot be paired."""
+    memory = (torch.randn(2 * 12 * 8 * 12 + 3) * 4).to(dtype)
+    even = memory[:2304].view(2, 12, 8, 12)
+    maps = {
+        "even": even,
+        "few": even[:1, :, :1, :2],
+        "many classes": memory[:2304].view(1, 288, 8),
+        "odd row of the image": memory[: 2 * 12 * 8 * 11].view(2, 12, 8, 11),
+        "odd row, even image": memory[: 2 * 12 * 4 * 11].view(2, 12, 4, 11),
+        "odd image": memory[: 2 * 12 * 33].view(2, 12, 33),
+        "cut to an even width": even[..., 1:11],
+        "cut to an odd width": even[..., :11],
+        "of rows of odd length": memory[: 2 * 12 * 8 * 11].view(2, 12, 8, 11)[..., :10],
+        "misaligned": memory[1:2305].view(2, 12, 8, 12),
+        "classes an odd step apart": memory[: 12 * 33].view(1, 12, 33)[..., :32],
+        "images an odd step apart": memory[: 2 * 145].view(2, 145)[:, :144].view(2, 12, 12),
+    }
+    for logits in maps.values():
+        labels = torch.randint(0, logits.shape[1], logits[:, 0].shape)
+        labels.view(-1)[::3] = -100
+        labels.view(-1)[1] = logits.shape[1] - 1
+        check(logits, labels, None, smoothing)
+    x = even.clone().requires_grad_()
+    labels = torch.randint(0, 12, (2, 8, 12))
+    labels[0, 0, 3], labels[1, 7, 10] = 12, -100
+    with torch.no_grad():
+        x[1, 2, 7, 10] = torch.nan  # ignored, beside one that is not
+    loss = cece.cross_entropy(x, labels, label_smoothing=smoothing, reduction="none")
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    assert loss.isnan().nonzero().tolist() == [[0, 0, 3]] and (loss[1, 7, 10], grad[1, :, 7, 10].abs().sum()) == (0, 0)
+    assert grad.isnan().sum() == 12 and grad[0, :, 0, 3].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_padded_vocabulary(emulated, dtype):
     """Rows of a wider tensor: a dense gradient lies otherwise to 16 bytes than the logits, in each row otherwise."""
@@ -384,7 +434,7 @@ def test_arithmetic_of_a_gpu(mode):
     """The numerics contract where functions are as far off as a GPU's may be, and where products are not rounded."""
     if mode == "fma" and "fma" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no fused multiply-add")
-    chosen = "emulated and (offset or prefix or binary_loss or binary_slope)"
+    chosen = "emulated and (offset or prefix or binary_loss or binary_slope or 1030-torch.float32)"
     files = ["test_extremes.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files],

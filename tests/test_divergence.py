@@ -623,3 +623,17 @@ def test_instruction_sets(isa):
     chosen = "cpu and (test_values_and_gradients or test_of_certain_rows or test_infinite_logits) and not emulated"
     done = subprocess.run([*program, chosen], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_classes_in_another_dimension():
+    x, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    for loss in (cece.kl_divergence, cece.js_divergence):
+        rows = loss(x.flatten(0, 1), t.flatten(0, 1), reduction="none")
+        assert torch.equal(loss(x, t, dim=-1, reduction="none"), rows.unflatten(0, (2, 3)))
+        assert torch.equal(loss(x.movedim(2, 0), t.movedim(2, 0), dim=0, reduction="none"), rows.unflatten(0, (2, 3)))
+        with pytest.raises(IndexError, match="dim must be a dimension of logits"):
+            loss(x, t, dim=3)
+    best = t.log_softmax(2).topk(2, 2)
+    ours = cece.kl_divergence(x, best.values, target_indices=best.indices, dim=2)
+    theirs = cece.kl_divergence(x.mT, best.values.mT, target_indices=best.indices.mT)
+    torch.testing.assert_close(ours, theirs)

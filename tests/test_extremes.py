@@ -56,6 +56,7 @@ def of_sample(out):  # of either layout, the sample itself
 def test_a_tiny_loss_keeps_its_bits(backend, classes, dtype):
     """A loss of 1e-20 is right to 4 ULP where torch's is 0, and so is its label's gradient, expm1(-loss).
 
+    To 6 on a GPU, whose functions add up: expf may be off by 2, log1pf and expm1f by 1 each, and sums are rounded.
     float64's sums of up to 140001 terms are float64's, so a few units more, and float32's other tiny losses.
     """
     if backend.name != "cpu" and classes > 70000:
@@ -66,7 +67,8 @@ def test_a_tiny_loss_keeps_its_bits(backend, classes, dtype):
             x[label] = 0
             truth, slope = exact(x.numpy(), label)
             assert 0.5 * target_loss < truth < 2 * target_loss
-            limit = 16 if dtype == torch.float64 else 4 if target_loss == 1e-20 else 8
+            least = 4 if backend.name == "cpu" else 6
+            limit = 16 if dtype == torch.float64 else least if target_loss == 1e-20 else 8
             for name, logits, labels in layouts(x, label):
                 logits, labels = logits.to(backend.device).requires_grad_(), labels.to(backend.device)
                 loss = cece.cross_entropy(logits, labels, reduction="none")

@@ -159,6 +159,36 @@ def peak(work):
     return most
 
 
+@pytest.mark.parametrize("layout", [*BCE_LAYOUTS, "fourteen dimensions"])
+def test_a_loss_keeps_the_memory_format(backend, layout):
+    """As torch's elementwise losses do: of an element's loss, with data and without, however its operands lie."""
+    if layout == "fourteen dimensions":  # of which no two can be merged, beside the target's: more than a kernel takes
+        x = torch.rand([2] * 14).permute(*range(13, 0, -2), *range(0, 14, 2)).to(backend.device)
+    else:
+        x = BCE_LAYOUTS[layout]().to(backend.device)
+    x = x.detach().requires_grad_()
+    target = torch.rand(x.shape, device=x.device)
+    loss = cece.binary_cross_entropy(x, target, reduction="none")
+    expected = F.binary_cross_entropy(x.detach(), target, reduction="none")
+    assert loss.stride() == torch.empty_like(x).stride()
+    if x.stride() == torch.empty_like(x).stride():  # dense
+        assert loss.stride() == expected.stride()
+    torch.testing.assert_close(loss, expected)
+    (grad,) = torch.autograd.grad(loss, x, target)
+    assert grad.stride() == torch.empty_like(x).stride()
+    torch.testing.assert_close(grad, (x - target) / (x * (1 - x)) * target, rtol=1e-5, atol=1e-5)
+    meta = torch.empty_strided(x.shape, x.stride(), device="meta")
+    assert cece.binary_cross_entropy(meta, meta, reduction="none").stride() == loss.stride()
+
+
+def test_the_place_of_a_bad_probability():
+    """By the tensor's own indices, in whatever order memory is read."""
+    x = torch.rand(2, 5, 8, 9).to(memory_format=torch.channels_last)
+    x[1, 4, 0, 3] = 1.5
+    with pytest.raises(RuntimeError, match=r"got input\[1, 4, 0, 3\] = 1\.5"):
+        cece.binary_cross_entropy(x, torch.rand(x.shape))
+
+
 def test_peak_sees_a_copy():
     x = torch.randn(100, 100).t()
     assert peak(lambda: x.contiguous()) >= 40_000

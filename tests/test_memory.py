@@ -162,18 +162,16 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", LOSSES)
-def test_threads_with_small_stacks(case, dtype):
-    """128 KiB, Python's frames included: in a process of its own, which an overflow would kill."""
+def test_threads_with_small_stacks():
+    """128 KiB, Python's frames included: in a process of its own, which an overflow would kill; a thread for each."""
+    cases = [(case, dtype) for case in LOSSES for dtype in ("float64", "float32", "bfloat16")]
     code = f"""if True:
         import sys, threading, torch, cece
         sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
         from test_memory import LOSSES
         torch.set_num_threads(1)
-        x, y = LOSSES[{case!r}](torch.{str(dtype)[6:]})
-        p = torch.rand(x.shape)
-        def work():
+        def work(number, x, y):
+            p = torch.rand(x.shape)
             for target in (y, p):
                 for inplace in (False, True):
                     h = x.clone().requires_grad_() * 1
@@ -182,12 +180,13 @@ def test_threads_with_small_stacks(case, dtype):
             for loss in (cece.binary_cross_entropy_with_logits, cece.binary_cross_entropy):
                 u = x.detach().sigmoid().requires_grad_()
                 loss(u, p > 0.5, torch.rand(x.shape[-1:])).backward()
-            print(1)
+            print(number, flush=True)
         threading.stack_size(128 * 1024)
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()"""
-    assert resident(code) == [1]
+        for number, (case, dtype) in enumerate({cases!r}):
+            thread = threading.Thread(target=work, args=(number, *LOSSES[case](getattr(torch, dtype))))
+            thread.start()
+            thread.join()"""
+    assert resident(code) == list(range(len(cases))), cases
 
 
 def test_many_threads_at_once():

@@ -89,7 +89,7 @@ struct BinaryCrossEntropyOf {
       n = block_length(a.shape, begin, end);
       const Inputs in = read(a, begin, n, b);
       if constexpr (Loss::kProbabilities) check(a, in, begin, n);
-      A* out = a.loss.data ? static_cast<A*>(a.loss.data) + begin : nullptr;
+      A* out = a.loss ? static_cast<A*>(a.loss) + begin : nullptr;
       for (int64_t from = 0; from < n; from += kSum) {
         V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
         each_vector_in_turn<A, 4>(std::min(kSum, n - from), [&](int64_t offset, int64_t count, int turn) {

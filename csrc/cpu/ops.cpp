@@ -123,8 +123,9 @@ void backward_rows(const RowKernels<Args>& k, const Args& a) {
 void raise_bad_label(const CrossEntropyCall& call, int64_t row) {
   const Tensor labels = call.target.reshape({-1});
   const int64_t label = labels[row].item<int64_t>();
+  const auto sizes = C10_AS_INTARRAYREF_SLOW(call.shapes.rows);
   TORCH_CHECK_INDEX(false, "cece.cross_entropy: Target ", label, " is out of bounds: target",
-                    position(C10_AS_INTARRAYREF_SLOW(call.shapes.rows), row), " must be in [0, ", call.args.classes,
+                    position(sizes, logical_order(sizes.size()), row), " must be in [0, ", call.args.classes,
                     ") or equal ignore_index (", call.args.ignore_index, "), got ", label);
 }
 
@@ -144,6 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
       std::vector<double> sums(2 * chunks);
       parallel(chunks, 1, [&](int64_t b, int64_t e) { k.reduce(a, sums.data(), b, e); });
       k.total(a, sums.data(), chunks);
+    } else {
+      out.total_weight.fill_(1);
     }
   });
   return {out.loss, out.stats, out.total_weight};
@@ -231,7 +234,7 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
   const int64_t chunks = ceil_div(a.shape.count, kChunk);
   std::vector<double> partial(none ? 0 : chunks);
   if (none) {
-    a.loss.data = loss.mutable_data_ptr();
+    a.loss = loss.mutable_data_ptr();
   } else {
     a.partial = partial.data();
   }
@@ -241,7 +244,7 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
     parallel(chunks, 1, [&](int64_t b, int64_t e) { k.forward(a, scratch(), b, e); });
   });
   if (bad < a.shape.count) {
-    const auto at = [&](const Tensor& t) { return t.reshape({-1})[bad]; };
+    const auto at = [&](const Tensor& t) { return t.permute(call.dims).reshape({-1})[bad]; };
     const auto number = [](const Tensor& one) {
       return one.scalar_type() == at::kDouble ? digits(one.item<double>()) : digits(one.item<float>());
     };
@@ -249,7 +252,7 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
     const bool is_input = !(x >= 0 && x <= 1);
     const char* name = is_input ? "input" : "target";
     TORCH_CHECK(false, "cece.binary_cross_entropy: all elements of ", name, " should be between 0 and 1, got ", name,
-                position(input.sizes(), bad), " = ", number(at(is_input ? input : target)),
+                position(input.sizes(), call.dims, bad), " = ", number(at(is_input ? input : target)),
                 is_input ? "; for logits use binary_cross_entropy_with_logits, this loss applies no sigmoid" : "");
   }
   if (!none) {

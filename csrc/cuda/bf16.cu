@@ -4,6 +4,7 @@
 #include "divergence.cuh"
 
 namespace cece::cuda {
-const Kernels kBF16 = {CrossEntropy<__nv_bfloat16>::kernels, BinaryCrossEntropyOf<__nv_bfloat16>::kernels,
-                       Divergence<__nv_bfloat16>::kernels};
+const Kernels kBF16 = {CrossEntropy<__nv_bfloat16, CrossEntropyArgs>::kernels,
+                       CrossEntropy<__nv_bfloat16, TokenStatisticsArgs>::kernels,
+                       BinaryCrossEntropyOf<__nv_bfloat16>::kernels, Divergence<__nv_bfloat16>::kernels};
 }

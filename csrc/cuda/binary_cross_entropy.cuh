@@ -37,33 +37,6 @@ inline Layout layout_of(const Shape& s, const Operand& t) {
   return flat ? Layout{Layout::flat, 1, 1} : along < 2 ? one : Layout{Layout::strided, 1, 1};
 }
 
-// The same elements in the order of the input's memory, so that channels-last is as flat as contiguous.
-inline BinaryCrossEntropyArgs in_memory_order(BinaryCrossEntropyArgs a) {
-  Operand* const all[] = {&a.input, &a.target, &a.weight, &a.pos_weight, &a.loss, &a.grad_loss, &a.grad_input};
-  int64_t step = 1;
-  for (int d = a.shape.dims - 1; d >= 0; d--) a.loss.stride[d] = step, step *= a.shape.size[d];  // it is contiguous
-  const auto swap = [](int64_t* x, int d) {
-    const int64_t y = x[d];
-    x[d] = x[d - 1], x[d - 1] = y;
-  };
-  for (int i = 1; i < a.shape.dims; i++) {
-    for (int d = i; d > 0 && a.input.stride[d - 1] < a.input.stride[d]; d--) {
-      swap(a.shape.size, d);
-      for (Operand* t : all) swap(t->stride, d);
-    }
-  }
-  int last = 0;
-  for (int d = 1; d < a.shape.dims; d++) {  // merged where all strides allow it
-    bool merge = true;
-    for (Operand* t : all) merge = merge && (!t->data || t->stride[last] == t->stride[d] * a.shape.size[d]);
-    last += !merge;
-    a.shape.size[last] = (merge ? a.shape.size[last] : 1) * a.shape.size[d];
-    for (Operand* t : all) t->stride[last] = t->stride[d];
-  }
-  if (a.shape.dims > 0) a.shape.dims = last + 1;
-  return a;
-}
-
 // One element's loss and slope; w and p are 1 where absent.
 template <class Loss, class S, class A>
 __device__ __forceinline__ A loss_of(A x, A y, A w, A p) {
@@ -201,7 +174,7 @@ __global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
     binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts,
                    Sums* partial) {
   using A = AccOf<S>;
-  A* const losses = static_cast<A*>(a.loss.data);
+  A* const losses = static_cast<A*>(a.loss);
   Sums sum;
   for_elements<S, T>(a, layouts, [&](const auto& x, const auto& y, const auto& f, int64_t i) {
     constexpr int N = sizeof(x) / sizeof(A);
@@ -214,11 +187,7 @@ __global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
     }
     sum.a += together;
     if (!losses) return;
-    if constexpr (N > 1) {  // packed: the losses lie in this order too
-      store_run(losses + i, loss);
-    } else {
-      losses[offset_of(a.shape, a.loss, i)] = loss.v[0];
-    }
+    store_run(losses + i, loss);
   });
   if (!partial) return;
   sum = merge_group(sum, blockDim.x);
@@ -289,14 +258,14 @@ struct BinaryCrossEntropyOf {
     a.with_logits ? with(BinaryCrossEntropyWithLogits{}) : with(BinaryCrossEntropy{});
   }
 
-  static Layouts layouts(const Args& a) {  // in memory order
+  static Layouts layouts(const Args& a) {
     const auto of = [&](const Operand& t) { return layout_of(a.shape, t); };
     const auto flat = [&](const Operand& t) { return !t.data || of(t).kind == Layout::flat; };
     // a reduced loss has one incoming gradient, which is not walked along
     const Layout none{Layout::absent, 1, 1};
     Layouts l{true, of(a.weight), of(a.pos_weight), a.reduction == Reduction::none ? of(a.grad_loss) : none};
     const auto address = [](const Operand& t) { return reinterpret_cast<uintptr_t>(t.data); };
-    l.packed = a.input.dtype == kDtype<S> && flat(a.input) && flat(a.target) && flat(a.loss) && flat(a.grad_input) &&
+    l.packed = a.input.dtype == kDtype<S> && flat(a.input) && flat(a.target) && flat(a.grad_input) &&
                address(a.input) % sizeof(S) == 0;
     for (const Layout& factor : {l.weight, l.pos_weight, l.grad_loss}) l.packed &= factor.kind != Layout::strided;
     if (a.grad_input.data) {
@@ -310,8 +279,7 @@ struct BinaryCrossEntropyOf {
   }
   static int blocks(const Args& a) { return element_blocks(a.shape.count, Pack<S>::kSize * kRuns<S>); }
 
-  static void forward(const Args& given, const Device& d, void* scratch) {
-    const Args a = in_memory_order(given);
+  static void forward(const Args& a, const Device& d, void* scratch) {
     const Layouts l = layouts(a);
     const auto stream = static_cast<cudaStream_t>(d.stream);
     auto* const partial = a.reduction == Reduction::none ? nullptr : static_cast<Sums*>(scratch);
@@ -322,9 +290,8 @@ struct BinaryCrossEntropyOf {
     if (partial) launch(reduce_elements<A>, dim3(1), kElementThreads, stream, 1, a, partial, blocks(a));
   }
 
-  static void backward(const Args& given, const Device& d) {
-    if (given.shape.count == 0) return;
-    const Args a = in_memory_order(given);
+  static void backward(const Args& a, const Device& d) {
+    if (a.shape.count == 0) return;
     const Layouts l = layouts(a);
     const auto stream = static_cast<cudaStream_t>(d.stream);
     visit_kernel(a, l, [&](auto loss, auto type) {

@@ -4,5 +4,6 @@
 #include "divergence.cuh"
 
 namespace cece::cuda {
-const Kernels kF32 = {CrossEntropy<float>::kernels, BinaryCrossEntropyOf<float>::kernels, Divergence<float>::kernels};
+const Kernels kF32 = {CrossEntropy<float, CrossEntropyArgs>::kernels, CrossEntropy<float, TokenStatisticsArgs>::kernels,
+                      BinaryCrossEntropyOf<float>::kernels, Divergence<float>::kernels};
 }

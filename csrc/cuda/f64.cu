@@ -4,6 +4,7 @@
 #include "divergence.cuh"
 
 namespace cece::cuda {
-const Kernels kF64 = {CrossEntropy<double>::kernels, BinaryCrossEntropyOf<double>::kernels,
+const Kernels kF64 = {CrossEntropy<double, CrossEntropyArgs>::kernels,
+                      CrossEntropy<double, TokenStatisticsArgs>::kernels, BinaryCrossEntropyOf<double>::kernels,
                       Divergence<double>::kernels};
 }

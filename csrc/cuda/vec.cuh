@@ -207,16 +207,18 @@ __device__ __forceinline__ void store_pack(uint4* p, const Pack<S>& pack) {
   expect_aligned(p, 16);
   __stcs(p, pack.words[0]);
 }
+template <class T, int N>  // p: aligned to kAligned
+__device__ __forceinline__ void store_aligned_run(T* p, const Run<T, N>& run) {
+  using R = Run<T, N>;
+  expect_aligned(p, R::kAligned);
+#pragma unroll
+  for (int i = 0; i < R::kBytes / R::kAligned; i++) __stcs(reinterpret_cast<typename R::Word*>(p) + i, run.words[i]);
+}
 template <class T, int N>
 __device__ __forceinline__ void store_run(T* p, const Run<T, N>& run) {
-  using R = Run<T, N>;
-  if (aligned(p, R::kAligned)) {
+  if (aligned(p, Run<T, N>::kAligned)) return store_aligned_run(p, run);
 #pragma unroll
-    for (int i = 0; i < R::kBytes / R::kAligned; i++) __stcs(reinterpret_cast<typename R::Word*>(p) + i, run.words[i]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; k++) p[k] = run.v[k];
-  }
+  for (int k = 0; k < N; k++) p[k] = run.v[k];
 }
 template <class A, class T, int N>
 __device__ __forceinline__ void widen_run(const Run<T, N>& run, A (&out)[N]) {

@@ -20,6 +20,9 @@ OPERATORS = [
     "cross_entropy_forward",
     "cross_entropy_backward",
     "cross_entropy_backward_",
+    "token_statistics_forward",
+    "token_statistics_backward",
+    "token_statistics_backward_",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_backward",
     "divergence_forward",
@@ -38,8 +41,9 @@ FLAGS = [
     f"-I{ROOT}/csrc",
 ]
 # CECE_EMULATOR_MODE: what a GPU's arithmetic may do that this machine's does not. `perturbed`: exp, log and their like
-# off by as many units of the last place as CUDA allows them; `fma`: products and sums rounded once.
-MODES = {"": [], "perturbed": ["-DCECE_PERTURBED"], "fma": ["-ffp-contract=fast", "-mfma"]}
+# off by as many units of the last place as CUDA allows them, by the library that is there; `fma`: products and sums
+# rounded once.
+MODES = {"": [], "perturbed": [], "fma": ["-ffp-contract=fast", "-mfma"]}
 
 
 def mode():

@@ -118,9 +118,13 @@ enum class Order { forward, reverse, random };
 struct Config {
   Order order = Order::random;
   uint64_t seed = 1;
-  int card_major = 8;        // the compute capability that the card says it has, without clusters
-  int compiled_for = 80;     // and the one that its code was compiled for
-  int64_t clusters = 0;      // that have run
+  int card_major = 8;     // the compute capability that the card says it has, without clusters
+  int compiled_for = 80;  // and the one that its code was compiled for
+  int64_t clusters = 0;   // that have run
+  const bool perturbed = [] {
+    const char* mode = std::getenv("CECE_EMULATOR_MODE");
+    return mode && !std::strcmp(mode, "perturbed");
+  }();
   size_t stack = 128 << 10;  // bytes a fiber
   size_t shared = 48 << 10;  // bytes a block, what every GPU grants without asking
 };
@@ -618,15 +622,13 @@ inline uint32_t ballot(uint32_t mask, bool is, const char* file, int line) {
 // A function's result moved by up to `units` of its last place (CUDA's manual, "Mathematical Functions", and PTX's for
 // ex2.approx and rcp.approx), which way and how far decided by its argument; what is exact stays exact.
 namespace emulator {
-inline float perturbed([[maybe_unused]] float x, float y, [[maybe_unused]] int units) {
-#ifdef CECE_PERTURBED
-  if (y == 0 || y == 1 || !std::isnormal(y)) return y;
+inline float perturbed(float x, float y, int units) {
+  if (!config().perturbed || y == 0 || y == 1 || !std::isnormal(y)) return y;
   uint32_t bits, hash;
   std::memcpy(&hash, &x, 4), std::memcpy(&bits, &y, 4);
   hash = (hash ^ hash >> 15) * 0x2c1b3c6du;
   bits += uint32_t(int(hash >> 16) % (2 * units + 1) - units);
   std::memcpy(&y, &bits, 4);
-#endif
   return y;
 }
 }  // namespace emulator
