@@ -25,7 +25,6 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kNone = 0, kMean = 1;
 
 inline Tensor get(const MaybeTensor& t) { return t.has_value() ? *t : Tensor(); }
-inline MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
 
 // A tensor of numbers in memory: no wrapper, batch, view with a changed sign or the like between them and the kernel.
 inline bool plain(const Tensor& t) {
@@ -105,7 +104,11 @@ struct LossNode : torch::autograd::Node {
   }
   static variable_list derive(const Options& options, const Needs& needs, const Tensors& saved,
                               const variable_list& grads) {
-    return grads[0].defined() ? Rule::derive(options, needs, saved, grads[0]) : variable_list(needs.size());
+    if constexpr (requires { Rule::derive(options, needs, saved, grads); }) {  // a rule of several results
+      return Rule::derive(options, needs, saved, grads);
+    } else {
+      return grads[0].defined() ? Rule::derive(options, needs, saved, grads[0]) : variable_list(needs.size());
+    }
   }
   static variable_list derive_packed(const variable_list& grads, const std::vector<at::IValue>& values) {
     torch::dynamo::autograd::PackedArgs packed(values);
@@ -133,8 +136,8 @@ auto make_node(Args&&... args) {
   }
 }
 
-template <class Rule>
-void record(const Tensor& result, const typename Rule::Options& options,
+template <class Rule, class Result>  // a tensor, or several
+void record(const Result& result, const typename Rule::Options& options,
             const std::array<Tensor, Rule::kSaved>& tensors) {
   bool wanted = false;
   for (size_t i = 0; i < Rule::kEdges; i++) wanted = wanted || (tensors[i].defined() && tensors[i].requires_grad());
