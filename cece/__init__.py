@@ -22,12 +22,14 @@ from .functional import (  # noqa: E402
     cross_entropy,
 )
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss  # noqa: E402
+from .rows import TokenStatistics, entropy, token_statistics  # noqa: E402
 
 __version__ = build_info()["version"]
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "TokenStatistics",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "build_info",
@@ -35,8 +37,10 @@ __all__ = [
     "cross_entropy",
     "decompositions",
     "empty_cache",
+    "entropy",
     "patch",
     "reference",
+    "token_statistics",
 ]
 
 

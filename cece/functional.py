@@ -4,74 +4,16 @@ Types of arguments are checked here, everything else about them in the compiled 
 every backend. TorchScript compiles their twins in ``_script.py``, DTensors go to ``_dtensor.py``.
 """
 
-import operator
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _script
+from ._arguments import INT64, as_bool, as_float, as_integer, check_tensors, dtensor_among, not_for_dtensors, refuse
 from ._script import reduction_number, scripted_as
 from .ops import BCE, CROSS_ENTROPY
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits", "check_targets", "cross_entropy"]
-
-_INT64 = -(2**63), 2**63 - 1
-
-# Types, each with what a caller is told. The usual type of a number never comes here; what torch takes in its place
-# (numpy's numbers, tensors of one number) leaves as the usual type, a symbolic number of torch.compile as it is.
-
-
-def _refuse(loss: str, name: str, wanted: str, value: object) -> TypeError:
-    return TypeError(f"cece.{loss}: {name} must be {wanted}, got {type(value).__name__}")
-
-
-def _check_tensors(loss: str, required: dict[str, object], optional: dict[str, object]) -> None:
-    for name, value in required.items():
-        if not isinstance(value, Tensor):
-            raise _refuse(loss, name, "a torch.Tensor", value)
-    for name, value in optional.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise _refuse(loss, name, "a torch.Tensor or None", value)
-
-
-def _integer(loss: str, name: str, value: Any) -> int:
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    dtype = str(getattr(value, "dtype", type(value).__name__))
-    if dtype.endswith("bool") or not hasattr(value, "__index__"):
-        raise _refuse(loss, name, "an int", value)
-    try:
-        number = operator.index(value)
-    except TypeError:  # an array or tensor, but not of one integer
-        raise _refuse(loss, name, "an int", value) from None
-    if not _INT64[0] <= number <= _INT64[1]:
-        raise ValueError(f"cece.{loss}: {name} must fit into 64 bits, got {number}")
-    return number
-
-
-def _float(loss: str, name: str, value: Any) -> float:
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
-        return value  # type: ignore[return-value]
-    if not hasattr(value, "__float__") or getattr(value, "ndim", 0) or getattr(value, "requires_grad", False):
-        raise _refuse(loss, name, "a float", value)
-    return float(value)
-
-
-def _bool(loss: str, name: str, value: Any) -> bool:
-    if str(getattr(value, "dtype", "")) != "bool":  # numpy's
-        raise _refuse(loss, name, "a bool", value)
-    return bool(value)
-
-
-def _dtensor_among(*tensors: Tensor | None) -> Any:
-    """The module for DTensors if one of these is one: it imports torch.distributed, so nothing else should."""
-    for t in tensors:
-        if type(t) is not torch.Tensor and hasattr(t, "device_mesh"):
-            from . import _dtensor
-
-            return _dtensor
 
 
 @scripted_as(_script.cross_entropy)
@@ -86,6 +28,12 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     inplace_backward: bool = False,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    skip_masked_rows: bool = False,
 ) -> Tensor:
     """Softmax cross-entropy of logits: ``log(sum_j exp(x_j)) - x_y`` for one label y a sample.
 
@@ -108,7 +56,17 @@ def cross_entropy(
             one that saved them itself through hooks that return the same tensor). Refused for a leaf that requires
             grad, a view of one, and overlapping memory. Ignored, at the price of a gradient's memory, where a gradient
             must itself be differentiable, under torch.func and torch.compile, within saved-tensor hooks (activation
-            checkpointing, ``save_on_cpu``), for logits that share memory with the target, and for DTensors.
+            checkpointing, ``save_on_cpu``), for logits that share memory with the target, for DTensors, and beside
+            z_loss, logit_scale, softcap and skip_masked_rows.
+        token_weight: a factor for each sample's loss, of the samples' shape, any floating dtype; differentiable. It
+            does not enter what a mean divides by: for a weighted mean pass ``normalizer=token_weight.sum()``.
+        normalizer: what ``'mean'`` divides the sum by instead, a number or a tensor of one, differentiable and never
+            looked at: the tokens of all accumulated batches, say.
+        z_loss: adds ``z_loss * logsumexp(x) ** 2`` to each sample's loss.
+        logit_scale: a positive factor for the logits, an inverse temperature.
+        softcap: a positive bound; the logits become ``softcap * tanh(logit_scale * x / softcap)``, -inf too.
+        skip_masked_rows: a sample all of whose logits are -inf counts as an ignored one. Otherwise its loss is NaN, as
+            it is in torch.
 
     Returns:
         The loss in nats, float32 (float64 if input or probabilities are): a scalar, with ``'none'`` the samples' shape.
@@ -116,16 +74,27 @@ def cross_entropy(
     Raises:
         IndexError: a label out of range, by position and value. On CUDA, which is never made to wait, such a sample's
             loss and gradient are NaN instead; :func:`check_targets` names it.
-        ValueError: batch sizes that differ, or an unknown reduction.
+        ValueError: batch sizes that differ, an unknown reduction, token_weight of another shape, a normalizer without
+            ``'mean'``, a logit_scale or softcap that is not positive.
         RuntimeError: any other shape, dtype or device that does not fit, or label_smoothing outside [0, 1].
         TypeError: an argument of the wrong type.
 
-    Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.3; label smoothing: Szegedy et al. (2016), 7.
+    Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.3; label smoothing: Szegedy et al. (2016), 7;
+    z-loss: Chowdhery et al. (2022), PaLM, 5; soft capping: Gemma Team (2024), 2.
     """
-    if has_torch_function_variadic(input, target, weight):
+    if has_torch_function_variadic(input, target, weight, token_weight, normalizer):
+        more = {
+            "inplace_backward": (inplace_backward, False),
+            "token_weight": (token_weight, None),
+            "normalizer": (normalizer, None),
+            "z_loss": (z_loss, 0.0),
+            "logit_scale": (logit_scale, 1.0),
+            "softcap": (softcap, None),
+            "skip_masked_rows": (skip_masked_rows, False),
+        }
         return handle_torch_function(
             cross_entropy,
-            (input, target, weight),
+            (input, target, weight, token_weight, normalizer),
             input,
             target,
             weight=weight,
@@ -135,21 +104,64 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
             # Only where it is asked for: handlers written for torch's function do not know it.
-            **({} if inplace_backward is False else {"inplace_backward": inplace_backward}),
+            **{name: value for name, (value, usual) in more.items() if value is not usual and value != usual},
         )
-    _check_tensors("cross_entropy", {"input": input, "target": target}, {"weight": weight})
-    if type(ignore_index) is not int or not _INT64[0] <= ignore_index <= _INT64[1]:
-        ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
+    check_tensors("cross_entropy", {"input": input, "target": target}, {"weight": weight})
+    if type(ignore_index) is not int or not INT64[0] <= ignore_index <= INT64[1]:
+        ignore_index = as_integer("cross_entropy", "ignore_index", ignore_index)
     if type(label_smoothing) is not float:
-        label_smoothing = _float("cross_entropy", "label_smoothing", label_smoothing)
+        label_smoothing = as_float("cross_entropy", "label_smoothing", label_smoothing)
     if type(inplace_backward) is not bool:
-        inplace_backward = _bool("cross_entropy", "inplace_backward", inplace_backward)
+        inplace_backward = as_bool("cross_entropy", "inplace_backward", inplace_backward)
     if inplace_backward and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inplace_backward = False
     number = reduction_number("cross_entropy", size_average, reduce, reduction)
-    if dtensor := _dtensor_among(input, target, weight):
+    plain = logit_scale == 1 and softcap is None and not (z_loss or skip_masked_rows)
+    if not plain or token_weight is not None or normalizer is not None:
+        not_for_dtensors("cross_entropy with these options", input, target, weight, token_weight)
+        check_tensors("cross_entropy", {}, {"token_weight": token_weight})
+        if token_weight is not None and not token_weight.is_floating_point():
+            raise refuse("cross_entropy", "token_weight", "a floating point tensor", token_weight.dtype)
+        return _script.cross_entropy_with_options(
+            input,
+            target,
+            weight,
+            number,
+            ignore_index,
+            label_smoothing,
+            inplace_backward,
+            token_weight,
+            _divisor("cross_entropy", normalizer),
+            as_float("cross_entropy", "z_loss", z_loss),
+            as_float("cross_entropy", "logit_scale", logit_scale),
+            _positive("cross_entropy", "softcap", softcap),
+            as_bool("cross_entropy", "skip_masked_rows", skip_masked_rows),
+        )
+    if dtensor := dtensor_among(input, target, weight):
         return dtensor.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     return CROSS_ENTROPY(input, target, weight, number, ignore_index, label_smoothing, inplace_backward)[0]
+
+
+def _divisor(loss: str, normalizer: Tensor | float | None) -> Tensor | float | None:
+    """What a mean divides by: a number, or a tensor of one that nobody looks at."""
+    if normalizer is None:
+        return None
+    if not isinstance(normalizer, Tensor):
+        return as_float(loss, "normalizer", normalizer)
+    if normalizer.numel() != 1:
+        raise ValueError(
+            f"cece.{loss}: normalizer must be a number or a tensor of one, got shape {tuple(normalizer.shape)}"
+        )
+    return normalizer
+
+
+def _positive(loss: str, name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    number = as_float(loss, name, value)
+    if not number > 0:
+        raise ValueError(f"cece.{loss}: {name} must be a positive number or None, got {number}")
+    return number
 
 
 @scripted_as(_script.binary_cross_entropy_with_logits)
@@ -196,9 +208,9 @@ def binary_cross_entropy_with_logits(
             pos_weight=pos_weight,
         )
     optional: dict[str, object] = {"weight": weight, "pos_weight": pos_weight}
-    _check_tensors("binary_cross_entropy_with_logits", {"input": input, "target": target}, optional)
+    check_tensors("binary_cross_entropy_with_logits", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy_with_logits", size_average, reduce, reduction)
-    if dtensor := _dtensor_among(input, target, weight, pos_weight):
+    if dtensor := dtensor_among(input, target, weight, pos_weight):
         return dtensor.binary_cross_entropy(input, target, weight, pos_weight, True, number)
     return BCE(input, target, weight, pos_weight, True, number)
 
@@ -245,9 +257,9 @@ def binary_cross_entropy(
             reduction=reduction,
         )
     optional: dict[str, object] = {"weight": weight}
-    _check_tensors("binary_cross_entropy", {"input": input, "target": target}, optional)
+    check_tensors("binary_cross_entropy", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy", size_average, reduce, reduction)
-    if dtensor := _dtensor_among(input, target, weight):
+    if dtensor := dtensor_among(input, target, weight):
         return dtensor.binary_cross_entropy(input, target, weight, None, False, number)
     return BCE(input, target, weight, None, False, number)
 
@@ -263,9 +275,9 @@ def check_targets(target: Tensor, num_classes: int, *, ignore_index: int = -100)
         num_classes: how many classes there are, C.
         ignore_index: the label that is allowed beside them.
     """
-    _check_tensors("check_targets", {"target": target}, {})
-    if _dtensor_among(target):
+    check_tensors("check_targets", {"target": target}, {})
+    if dtensor_among(target):
         target = target.full_tensor()  # type: ignore[attr-defined]  # positions are of the whole; every rank raises
-    num_classes = _integer("check_targets", "num_classes", num_classes)
-    ignore_index = _integer("check_targets", "ignore_index", ignore_index)
+    num_classes = as_integer("check_targets", "num_classes", num_classes)
+    ignore_index = as_integer("check_targets", "ignore_index", ignore_index)
     _script.check_targets(target, num_classes, ignore_index)

@@ -23,11 +23,26 @@ class _Shown(torch.nn.Module):
 class CrossEntropyLoss(_Shown, torch.nn.CrossEntropyLoss):
     """:func:`cece.cross_entropy` as a module, a drop-in for :class:`torch.nn.CrossEntropyLoss`. Takes logits.
 
-    Shapes, dtypes and errors are the function's. ``weight`` is a buffer, as in torch.
+    Shapes, dtypes and errors are the function's. ``weight`` is a buffer, as in torch. token_weight and normalizer change
+    from step to step: they are arguments of the call, ``loss(logits, target, normalizer=n)``.
     """
 
-    __constants__: list[str] = ["ignore_index", "reduction", "label_smoothing", "inplace_backward"]
-    inplace_backward: bool = False  # also where __init__ was not ours: a subclass that calls torch's, a torch module
+    __constants__: list[str] = [
+        "ignore_index",
+        "reduction",
+        "label_smoothing",
+        "inplace_backward",
+        "z_loss",
+        "logit_scale",
+        "softcap",
+        "skip_masked_rows",
+    ]
+    # Also where __init__ was not ours: a subclass that calls torch's, a module of torch's
+    inplace_backward: bool = False
+    z_loss: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    skip_masked_rows: bool = False
 
     def __init__(
         self,
@@ -39,12 +54,23 @@ class CrossEntropyLoss(_Shown, torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         inplace_backward: bool = False,
+        z_loss: float = 0.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        skip_masked_rows: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         check_reduction("CrossEntropyLoss", self.reduction)
-        self.inplace_backward = inplace_backward
+        self.inplace_backward, self.skip_masked_rows = inplace_backward, skip_masked_rows
+        self.z_loss, self.logit_scale, self.softcap = z_loss, logit_scale, softcap
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        token_weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
         return functional.cross_entropy(
             input,
             target,
@@ -53,6 +79,12 @@ class CrossEntropyLoss(_Shown, torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             inplace_backward=self.inplace_backward,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            z_loss=self.z_loss,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            skip_masked_rows=self.skip_masked_rows,
         )
 
 

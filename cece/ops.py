@@ -9,8 +9,13 @@ from torch import Tensor
 
 CROSS_ENTROPY = torch.ops.cece.cross_entropy_forward.default
 CROSS_ENTROPY_BACKWARD = torch.ops.cece.cross_entropy_backward.default
+TOKEN_STATISTICS = torch.ops.cece.token_statistics_forward.default
+TOKEN_STATISTICS_BACKWARD = torch.ops.cece.token_statistics_backward.default
 BCE = torch.ops.cece.binary_cross_entropy_forward.default
 BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
+
+# What token_statistics_forward is asked for, its outputs in this order.
+WANTED = {"log_prob": 1, "entropy": 2, "logsumexp": 4, "collision": 8, "argmax": 16}
 
 NONE, MEAN, SUM = 0, 1, 2  # reductions, with torch's numbers
 
@@ -124,6 +129,41 @@ def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reductio
         label_smoothing,
     )
     return out.movedim(1, 2) if out.dim() > 2 else out, 0
+
+
+@torch.library.register_vmap("cece::token_statistics_forward")
+def _(info, in_dims, logits, target, weight, *options):
+    size = info.batch_size
+    args = (logits, target, weight, *options)
+    one = _one(TOKEN_STATISTICS, in_dims, args)
+    if size == 0:
+        return _nothing(logits, one)
+    if weight is not None and in_dims[2] is not None:
+        return _loop(TOKEN_STATISTICS, size, in_dims, args)
+    logits, target = _batched(size, in_dims[0], logits), _batched(size, in_dims[1], target)
+    rows, target = _classes_second(logits), _rows_target(logits, target)
+    *values, stats = TOKEN_STATISTICS(rows, target, weight, *options)
+    # What was not asked for has no rows.
+    values = [v if v.shape == stats.shape[1:] else v.new_empty(size, 0) for v in values]
+    return (*values, stats.movedim(1, 0)), (0,) * 6
+
+
+@torch.library.register_vmap("cece::token_statistics_backward")
+def _(info, in_dims, *args):
+    size = info.batch_size
+    one = _one(TOKEN_STATISTICS_BACKWARD, in_dims, args)
+    if size == 0:
+        return _nothing(args[4], one)
+    if args[6] is not None and in_dims[6] is not None:
+        return _loop(TOKEN_STATISTICS_BACKWARD, size, in_dims, args)
+    *grads, logits, target, _, stats = (_batched(size, d, a) for d, a in zip(in_dims[:8], args[:8], strict=True))
+    rows, target = _classes_second(logits), _rows_target(logits, target)
+    out = TOKEN_STATISTICS_BACKWARD(*grads, rows, target, args[6], stats.movedim(0, 1), *args[8:])
+    return out.movedim(1, 2) if out.dim() > 2 else out, 0
+
+
+def _rows_target(logits, target):
+    return target if target is None or target.dim() < logits.dim() else _classes_second(target)
 
 
 def _batch_in_front(dims, *tensors):

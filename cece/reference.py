@@ -22,8 +22,20 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    """``-sum_j q_j log softmax(input)_j`` with the masses ``q_j = w_j ((1 - s) t_j + s / C)``."""
+    """``-sum_j q_j log softmax(z)_j + z_loss logsumexp(z) ** 2``, masses ``q_j = w_j ((1 - s) t_j + s / C)``.
+
+    ``z = logit_scale input``, or with a softcap ``softcap tanh(logit_scale input / softcap)``.
+    """
+    if logit_scale != 1:
+        input = logit_scale * input
+    if softcap is not None:
+        input = softcap * (input / softcap).tanh()
     dim = 0 if input.dim() == 1 else 1
     classes = input.shape[dim]
     log_p = input.log_softmax(dim)
@@ -35,8 +47,32 @@ def cross_entropy(
     w = torch.ones(classes, dtype=log_p.dtype) if weight is None else weight.to(log_p)
     w = w.reshape(-1, *(1,) * (input.dim() - 1 - dim))
     q = w * ((1 - label_smoothing) * t + label_smoothing / classes)
-    loss = torch.where(used, -torch.where(q == 0, 0, q * log_p).sum(dim), 0)
-    return _reduce(loss, reduction, loss.numel() if soft else ((w * t).sum(dim) * used).sum())
+    loss = -torch.where(q == 0, 0, q * log_p).sum(dim)
+    if z_loss:
+        loss = loss + z_loss * input.logsumexp(dim) ** 2
+    loss = torch.where(used, loss if token_weight is None else loss * token_weight.to(loss), 0)
+    total = loss.numel() if soft else ((w * t).sum(dim) * used).sum()
+    return _reduce(loss, reduction, total if normalizer is None else normalizer)
+
+
+def token_statistics(
+    logits: Tensor, target: Tensor | None = None, *, temperature: float = 1.0, ignore_index: int = -100, dim: int = -1
+) -> dict[str, Tensor]:
+    """All of them, by name: ``p = softmax(logits / temperature)``; rows of ignored targets are 0."""
+    z = logits / temperature
+    log_p = z.log_softmax(dim)
+    p = log_p.exp()
+    out = {
+        "entropy": -torch.where(p == 0, 0, p * log_p).sum(dim),
+        "logsumexp": z.logsumexp(dim),
+        "collision": (p * p).sum(dim),
+    }
+    if target is not None:
+        used = target != ignore_index
+        index = torch.where(used, target, 0).long().unsqueeze(dim)
+        out["log_prob"] = log_p.gather(dim, index).squeeze(dim)
+        out = {name: torch.where(used, value, 0) for name, value in out.items()}
+    return out
 
 
 def binary_cross_entropy_with_logits(

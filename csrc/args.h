@@ -49,6 +49,16 @@ struct CrossEntropyArgs {
   Operand grad_logits;    // rows x classes
 };
 
+// Rows with all their statistics (numerics.h), each an array (rows) Acc, null where it is not asked for. Always
+// Reduction::none; stats: (5, rows) max, log_sum, mass, heat, spread. Labels and probabilities may both be absent.
+struct TokenStatisticsArgs : CrossEntropyArgs {
+  double logit_scale, softcap;  // softcap 0: none
+  bool skip_masked_rows;        // a row of -inf counts as ignored
+  void *entropy, *logsumexp, *collision;
+  int64_t* argmax;
+  const void *grad_entropy, *grad_logsumexp, *grad_collision;  // beside grad_loss, which may be null here
+};
+
 // Elementwise: one loss for each element of `shape`.
 struct BinaryCrossEntropyArgs {
   Shape shape;

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
+#include <tuple>
 
 #include "args.h"
 
@@ -140,29 +141,15 @@ inline Tensor contiguous_as(const Tensor& t, at::ScalarType type) {
 
 struct CrossEntropyShapes {
   int64_t class_dim;
-  bool soft;  // target is probabilities
+  bool soft = false;  // target is probabilities
   at::ScalarType acc;
   c10::SymDimVector rows;  // the sizes of a sample's loss
 };
 
-inline CrossEntropyShapes check_cross_entropy_shapes(const Tensor& logits, const Tensor& target,
-                                                     const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                     double label_smoothing) {
-  constexpr const char* op = "cross_entropy";
-  check_float(op, "input", logits);
-  TORCH_CHECK(logits.dim() >= 1, "cece.cross_entropy: input must have shape (C), (N, C) or (N, C, d1, ...), got ",
-              logits.sym_sizes());
-  check_device(op, "target", target, logits);
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
-              "cece.cross_entropy: label_smoothing must be between 0.0 and 1.0, got ", digits(label_smoothing));
-  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2,
-                    "cece.cross_entropy: reduction must be 'none', 'mean' or 'sum', got number ", reduction);
+// Class indices of the rows' shape, or probabilities of the logits'.
+inline void check_target_shape(const Tensor& logits, const Tensor& target, int64_t ignore_index,
+                               CrossEntropyShapes& s) {
   const auto x_sizes = logits.sym_sizes(), t_sizes = target.sym_sizes();
-  CrossEntropyShapes s;
-  s.class_dim = logits.dim() == 1 ? 0 : 1;
-  for (int64_t d = 0; d < logits.dim(); d++) {
-    if (d != s.class_dim) s.rows.push_back(x_sizes[d]);
-  }
   const auto type = target.scalar_type();
   s.soft = same(t_sizes, x_sizes);
   if (s.soft) {
@@ -189,6 +176,28 @@ inline CrossEntropyShapes check_cross_entropy_shapes(const Tensor& logits, const
     TORCH_CHECK(shape_fits, "cece.cross_entropy: Expected target size ", c10::SymIntArrayRef(s.rows),
                 " for class indices or ", x_sizes, " for probabilities, got ", t_sizes);
   }
+}
+
+// An undefined target is one that the caller may leave out.
+inline CrossEntropyShapes check_cross_entropy_shapes(const Tensor& logits, const Tensor& target,
+                                                     const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                     double label_smoothing) {
+  constexpr const char* op = "cross_entropy";
+  check_float(op, "input", logits);
+  TORCH_CHECK(logits.dim() >= 1, "cece.cross_entropy: input must have shape (C), (N, C) or (N, C, d1, ...), got ",
+              logits.sym_sizes());
+  if (target.defined()) check_device(op, "target", target, logits);
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1,
+              "cece.cross_entropy: label_smoothing must be between 0.0 and 1.0, got ", digits(label_smoothing));
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2,
+                    "cece.cross_entropy: reduction must be 'none', 'mean' or 'sum', got number ", reduction);
+  const auto x_sizes = logits.sym_sizes();
+  CrossEntropyShapes s;
+  s.class_dim = logits.dim() == 1 ? 0 : 1;
+  for (int64_t d = 0; d < logits.dim(); d++) {
+    if (d != s.class_dim) s.rows.push_back(x_sizes[d]);
+  }
+  if (target.defined()) check_target_shape(logits, target, ignore_index, s);
   if (present(weight)) {
     check_device(op, "weight", *weight, logits);
     check_float(op, "weight", *weight);
@@ -244,7 +253,7 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
   }
   call.logits = logits;
   if (grad_logits) call.grad_logits = *grad_logits;
-  call.target = soft ? target : contiguous_as(target, target.scalar_type());
+  if (target.defined()) call.target = soft ? target : contiguous_as(target, target.scalar_type());
   const auto merge = [&] {
     c10::SmallVector<Strided, 3> all{{&call.logits, &a.logits}};
     if (soft) all.push_back({&call.target, &a.probabilities});
@@ -253,7 +262,7 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
   };
   if (!merge()) {  // only a tensor of more than kMaxDims dimensions that no two of can be merged
     call.logits = logits.contiguous();
-    call.target = call.target.contiguous();
+    if (target.defined()) call.target = call.target.contiguous();
     if (grad_logits) call.grad_logits = at::empty(logits.sizes(), logits.options());  // deliver() brings it home
     merge();
   }
@@ -266,8 +275,8 @@ inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& 
   fill(a.logits, data_of(call.logits), call.logits);
   if (soft) {
     fill(a.probabilities, data_of(call.target), call.target);
-  } else {
-    a.labels = call.target.const_data_ptr();
+  } else if (target.defined()) {
+    a.labels = data_of(call.target);
     a.label_dtype = *dtype_of(call.target);
   }
   return call;
@@ -312,6 +321,101 @@ inline std::array<Tensor, 3> check_saved(CrossEntropyCall& call, const Tensor& g
   a.stats = data_of(held[1]);
   a.total_weight = data_of(held[2]);
   return held;
+}
+
+// ---- all statistics of a row
+
+struct TokenOptions {
+  int64_t ignore_index;
+  double label_smoothing, logit_scale, softcap;
+  bool skip_masked_rows;
+
+  auto all() { return std::tie(ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows); }
+};
+enum Wanted : int64_t { kLoss = 1, kEntropy = 2, kLogSumExp = 4, kCollision = 8, kArgmax = 16 };
+
+inline CrossEntropyShapes check_token_statistics_shapes(const Tensor& logits, const MaybeTensor& target,
+                                                        const MaybeTensor& weight, const TokenOptions& o) {
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  TORCH_CHECK_VALUE(o.logit_scale > 0 && o.logit_scale <= kLargest,
+                    "cece.cross_entropy: logit_scale must be a positive, finite number, got ", digits(o.logit_scale));
+  TORCH_CHECK_VALUE(o.softcap >= 0 && o.softcap <= kLargest,
+                    "cece.cross_entropy: softcap must be a positive, finite number, got ", digits(o.softcap));
+  TORCH_CHECK(present(target) || (!present(weight) && o.label_smoothing == 0),
+              "cece.cross_entropy: weight and label_smoothing need a target");
+  return check_cross_entropy_shapes(logits, present(target) ? *target : Tensor(), weight, int64_t(Reduction::none),
+                                    o.ignore_index, o.label_smoothing);
+}
+
+using TokenOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ..., argmax, stats
+inline TokenOutputs allocate_token_outputs(const CrossEntropyShapes& s, const Tensor& logits, int64_t wanted) {
+  const auto options = logits.options().dtype(s.acc);
+  c10::SymDimVector stats_sizes{5};
+  stats_sizes.append(s.rows.begin(), s.rows.end());
+  const auto rows = [&](int64_t which, const at::TensorOptions& o) {
+    return wanted & which ? at::empty_symint(s.rows, o) : at::empty({0}, o);
+  };
+  return {rows(kLoss, options),
+          rows(kEntropy, options),
+          rows(kLogSumExp, options),
+          rows(kCollision, options),
+          rows(kArgmax, options.dtype(at::kLong)),
+          at::empty_symint(stats_sizes, options)};
+}
+
+using TokenGrads = std::array<MaybeTensor, 4>;  // of loss, entropy, logsumexp, collision
+inline void check_token_grads(const CrossEntropyShapes& s, const Tensor& logits, const MaybeTensor& target,
+                              const TokenGrads& grads, const Tensor& stats) {
+  for (const MaybeTensor& g : grads) {
+    if (!present(g)) continue;
+    check_device("token_statistics_backward", "grad", *g, logits);
+    TORCH_CHECK(same(g->sym_sizes(), s.rows), "cece.token_statistics_backward: grads must have the rows' shape, got ",
+                g->sym_sizes());
+  }
+  TORCH_CHECK(!present(grads[0]) || present(target), "cece.token_statistics_backward: grad_loss needs a target");
+  TORCH_CHECK(stats.dim() > 0 && same(stats.sym_size(0), 5) && same(stats.sym_sizes().slice(1), s.rows),
+              "cece.token_statistics_backward: stats must be the forward's, got shape ", stats.sym_sizes());
+  check_device("token_statistics_backward", "stats", stats, logits);
+}
+
+struct TokenStatisticsCall {
+  TokenStatisticsArgs args;
+  CrossEntropyCall rows;  // what the args point at
+  std::array<Tensor, 5> held;
+};
+inline TokenStatisticsCall check_token_statistics(const Tensor& logits, const MaybeTensor& target,
+                                                  const MaybeTensor& weight, const TokenOptions& o,
+                                                  const Tensor* grad_logits = nullptr) {
+  check_token_statistics_shapes(logits, target, weight, o);
+  TokenStatisticsCall call{
+      {},
+      check_cross_entropy(logits, present(target) ? *target : Tensor(), weight, int64_t(Reduction::none),
+                          o.ignore_index, o.label_smoothing, grad_logits),
+      {}};
+  TokenStatisticsArgs& a = call.args;
+  static_cast<CrossEntropyArgs&>(a) = call.rows.args;
+  a.logit_scale = o.logit_scale, a.softcap = o.softcap, a.skip_masked_rows = o.skip_masked_rows;
+  return call;
+}
+inline void point_at(TokenStatisticsArgs& a, const TokenOutputs& out) {
+  const auto place = [&](const Tensor& t) { return t.dim() == 1 && t.numel() == 0 ? nullptr : room_of(t); };
+  const auto& [loss, entropy, logsumexp, collision, argmax, stats] = out;
+  a.loss = place(loss), a.entropy = place(entropy), a.logsumexp = place(logsumexp), a.collision = place(collision);
+  a.argmax = static_cast<int64_t*>(place(argmax)), a.stats = room_of(stats);
+}
+inline void point_at(TokenStatisticsCall& call, const MaybeTensor& target, const TokenGrads& grads,
+                     const Tensor& stats) {
+  check_token_grads(call.rows.shapes, call.rows.logits, target, grads, stats);
+  TokenStatisticsArgs& a = call.args;
+  const void** const places[] = {&a.grad_loss, &a.grad_entropy, &a.grad_logsumexp, &a.grad_collision};
+  for (size_t i = 0; i < grads.size(); i++) {
+    if (!present(grads[i])) continue;
+    call.held[i] = contiguous_as(*grads[i], call.rows.shapes.acc);
+    *places[i] = data_of(call.held[i]);
+  }
+  call.held[4] = contiguous_as(stats, call.rows.shapes.acc);
+  a.stats = data_of(call.held[4]);
+  a.grad_stride = 1;
 }
 
 // ---- binary cross-entropy

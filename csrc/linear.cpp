@@ -9,83 +9,74 @@
 
 namespace cece {
 
-// ---- rows: cross_entropy's operators where they do, the general ones where they do not
-
 namespace {
-constexpr int64_t kReduceNone = 0;
-Tensor ones_like_total(const Tensor& logits, at::ScalarType acc) { return at::ones({}, logits.options().dtype(acc)); }
-bool by_cross_entropy(const MaybeTensor& target, const RowOptions& o, int64_t wanted) {
-  return wanted == kLoss && present(target) && o.plain();
+
+bool by_cross_entropy(const MaybeTensor& target, const TokenOptions& o, int64_t wanted) {
+  return wanted == kLoss && present(target) && o.logit_scale == 1 && o.softcap == 0 && !o.skip_masked_rows;
 }
+Tensor one(const Tensor& stats) { return at::ones({}, stats.options()); }
+
 }  // namespace
 
-RowOutputs row_forward(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight, const RowOptions& o,
-                       int64_t wanted) {
-  RowOutputs out;
+TokenOutputs row_forward(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
+                         const TokenOptions& o, int64_t wanted) {
   if (by_cross_entropy(target, o, wanted)) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("cece::cross_entropy_forward", "")
                                .typed<std::tuple<Tensor, Tensor, Tensor>(
                                    const Tensor&, const Tensor&, const MaybeTensor&, int64_t, int64_t, double, bool)>();
-    std::tie(out.loss, out.stats, std::ignore) =
-        op.call(logits, *target, weight, kReduceNone, o.ignore_index, o.label_smoothing, false);
-    return out;
+    const auto [loss, stats, total] =
+        op.call(logits, *target, weight, int64_t(Reduction::none), o.ignore_index, o.label_smoothing, false);
+    const Tensor none = at::empty({0}, logits.options());
+    return {loss, none, none, none, none, stats};
   }
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("cece::token_statistics_forward", "")
-          .typed<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-              const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, double, double, double, bool, int64_t)>();
-  std::tie(out.loss, out.entropy, out.logsumexp, out.collision, out.argmax, out.stats) = op.call(
-      logits, target, weight, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap, o.skip_masked_rows, wanted);
-  return out;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cece::token_statistics_forward", "")
+                             .typed<TokenOutputs(const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, double,
+                                                 double, double, bool, int64_t)>();
+  return op.call(logits, target, weight, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap,
+                 o.skip_masked_rows, wanted);
 }
 
-Tensor row_backward(const RowGradients& g, const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
-                    const Tensor& stats, const RowOptions& o, int64_t wanted) {
+Tensor row_backward(const TokenGrads& g, const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
+                    const Tensor& stats, const TokenOptions& o, int64_t wanted) {
   if (by_cross_entropy(target, o, wanted)) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("cece::cross_entropy_backward", "")
                                .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
                                              const Tensor&, const Tensor&, int64_t, int64_t, double)>();
-    return op.call(*g.loss, logits, *target, weight, stats, ones_like_total(logits, stats.scalar_type()), kReduceNone,
-                   o.ignore_index, o.label_smoothing);
+    return op.call(*g[0], logits, *target, weight, stats, one(stats), int64_t(Reduction::none), o.ignore_index,
+                   o.label_smoothing);
   }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("cece::token_statistics_backward", "")
                              .typed<Tensor(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                                            const MaybeTensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
                                            const Tensor&, int64_t, double, double, double, bool)>();
-  return op.call(g.loss, g.entropy, g.logsumexp, g.collision, logits, target, weight, stats, o.ignore_index,
-                 o.label_smoothing, o.logit_scale, o.softcap, o.skip_masked_rows);
-}
-
-LinearRows rows_of(const RowOutputs& out, const Tensor& input) {
-  const auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
-  return {given(out.loss),      given(out.entropy), given(out.logsumexp),
-          given(out.collision), given(out.argmax),  given(out.stats)};
+  return op.call(g[0], g[1], g[2], g[3], logits, target, weight, stats, o.ignore_index, o.label_smoothing,
+                 o.logit_scale, o.softcap, o.skip_masked_rows);
 }
 
 namespace {
 
 // The same, over the logits.
-void row_backward_(const RowGradients& g, const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
-                   const Tensor& stats, const RowOptions& o, int64_t wanted) {
+void row_backward_(const TokenGrads& g, const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
+                   const Tensor& stats, const TokenOptions& o, int64_t wanted) {
   if (by_cross_entropy(target, o, wanted)) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("cece::cross_entropy_backward_", "")
                                .typed<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
                                            const Tensor&, const Tensor&, int64_t, int64_t, double)>();
-    return op.call(*g.loss, logits, *target, weight, stats, ones_like_total(logits, stats.scalar_type()), kReduceNone,
-                   o.ignore_index, o.label_smoothing);
+    return op.call(*g[0], logits, *target, weight, stats, one(stats), int64_t(Reduction::none), o.ignore_index,
+                   o.label_smoothing);
   }
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("cece::token_statistics_backward_", "")
           .typed<void(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&,
                       const MaybeTensor&, const MaybeTensor&, const Tensor&, int64_t, double, double, double, bool)>();
-  op.call(g.loss, g.entropy, g.logsumexp, g.collision, logits, target, weight, stats, o.ignore_index, o.label_smoothing,
-          o.logit_scale, o.softcap, o.skip_masked_rows);
+  op.call(g[0], g[1], g[2], g[3], logits, target, weight, stats, o.ignore_index, o.label_smoothing, o.logit_scale,
+          o.softcap, o.skip_masked_rows);
 }
 
 // ---- chunks
@@ -164,8 +155,10 @@ struct Linear {
   }
   // Rows of a chunk, along `dim`; and back.
   Tensor take(const Tensor& t, int64_t i, int64_t n, int64_t dim = 0) const {
-    if (!t.defined()) return t;
     return rows.defined() ? t.index_select(dim, rows.narrow(0, i, n)) : t.narrow(dim, i, n);
+  }
+  MaybeTensor take(const MaybeTensor& t, int64_t i, int64_t n, int64_t dim = 0) const {
+    return present(t) ? MaybeTensor(take(*t, i, n, dim)) : std::nullopt;
   }
   void put(const Tensor& t, int64_t i, int64_t n, const Tensor& part, int64_t dim = 0) const {
     if (rows.defined()) {
@@ -251,8 +244,13 @@ struct Gradients {
     }
     if (matrix.defined()) matrix.addmm_(g.t(), x);
   }
-  Tensor shaped(const Tensor& t, at::IntArrayRef sizes) const {
-    return t.defined() ? t.view(sizes) : at::empty({0}, l.input.options().dtype(l.wide));
+  // In the shapes of what they belong to; empty where not wanted.
+  LinearGradients all(const Tensor& linear_weight) const {
+    const auto sizes = linear_weight.sizes();
+    const auto one = [&](const Tensor& t, at::IntArrayRef sizes) {
+      return t.defined() ? t.view(sizes) : at::empty({0}, l.input.options().dtype(l.wide));
+    };
+    return {one(input, l.input.sizes()), one(matrix, sizes), one(bias, sizes.slice(0, sizes.size() - 1))};
   }
 
  private:
@@ -262,59 +260,64 @@ struct Gradients {
   }
 };
 
-LinearSum linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, const MaybeTensor& linear_bias,
-                               const Tensor& target, const MaybeTensor& weight, const MaybeTensor& row_weight,
-                               int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
-                               bool skip_masked_rows, int64_t chunk_size, bool compact, double z_loss, bool reduce,
-                               int64_t gradients) {
-  const RowOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
-  if (!reduce) {
-    return linear_cross_entropy_by_rows(input, linear_weight, linear_bias, target, weight, row_weight,
-                                        {o, chunk_size, compact}, z_loss, reduce);
+LinearOutputs linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, const MaybeTensor& linear_bias,
+                                   const Tensor& target, const MaybeTensor& weight, const MaybeTensor& token_weight,
+                                   int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
+                                   bool skip_masked_rows, int64_t chunk_size, bool compact, double z_loss,
+                                   int64_t reduction, int64_t gradients) {
+  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+  if (Reduction(reduction) == Reduction::none) {
+    return linear_cross_entropy_by_rows(input, linear_weight, linear_bias, target, weight, token_weight, o, z_loss,
+                                        Reduction::none);
   }
-  const Linear l(input, linear_weight, linear_bias, target, weight, {o, chunk_size, compact});
+  const Linear l(input, linear_weight, linear_bias, target, weight, o);
   const int64_t wanted = RowLoss::wanted(z_loss);
   const Gradients grads(l, gradients);
   const Tensor buffer = l.buffer();
-  Tensor losses, weighted;
+  Tensor losses, weighted, shares;
   l.each([&](int64_t i, int64_t n) {
     const Tensor x = l.take_input(i, n), t = l.take(target, i, n);
-    const MaybeTensor factor = present(row_weight) ? MaybeTensor(l.take(*row_weight, i, n)) : std::nullopt;
+    const MaybeTensor factor = l.take(token_weight, i, n);
     const Tensor logits = l.logits(x, buffer);
-    const RowOutputs rows = row_forward(logits, t, weight, o, wanted);
-    const RowLoss row(rows, t, o, z_loss);
-    if (gradients) {
-      const Tensor f = present(factor) ? factor->to(row.loss.scalar_type()) : at::ones_like(row.loss);
-      row_backward_(row.gradients(f), logits, t, weight, rows.stats, o, wanted);
-      grads.add(i, x, logits);
-    }
+    const TokenOutputs rows = row_forward(logits, t, weight, o.row, wanted);
+    const RowLoss row(rows, t, o.row, z_loss);
     l.collect(losses, i, n, row.loss);
-    l.collect(weighted, i, n, row.times(factor));
+    l.collect(weighted, i, n, row.weighted(factor));
+    l.collect(shares, i, n, row.shares(t, weight));
+    if (!gradients) return;
+    row_backward_(row.gradients(row.factor(factor)), logits, t, weight, std::get<5>(rows), o.row, wanted);
+    grads.add(i, x, logits);
   });
-  return {sum_of_rows(weighted), losses, grads.shaped(grads.input, input.sizes()),
-          grads.shaped(grads.matrix, linear_weight.sizes()),
-          grads.shaped(grads.bias, linear_weight.sizes().slice(0, linear_weight.dim() - 1))};
+  const bool mean = Reduction(reduction) == Reduction::mean;
+  const Tensor total = mean ? sum_of_rows(shares) : at::ones({}, losses.options());
+  const auto [x, w, b] = grads.all(linear_weight);
+  return {sum_of_rows(weighted) / total, losses, total, x, w, b};
 }
 
-LinearRows linear_token_statistics_forward(const Tensor& input, const Tensor& linear_weight,
-                                           const MaybeTensor& linear_bias, const MaybeTensor& target,
-                                           const MaybeTensor& weight, int64_t ignore_index, double label_smoothing,
-                                           double logit_scale, double softcap, bool skip_masked_rows,
-                                           int64_t chunk_size, bool compact, int64_t wanted) {
-  const RowOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
-  const Linear l(input, linear_weight, linear_bias, target, weight, {o, chunk_size, compact});
+TokenOutputs linear_token_statistics_forward(const Tensor& input, const Tensor& linear_weight,
+                                             const MaybeTensor& linear_bias, const MaybeTensor& target,
+                                             const MaybeTensor& weight, int64_t ignore_index, double label_smoothing,
+                                             double logit_scale, double softcap, bool skip_masked_rows,
+                                             int64_t chunk_size, bool compact, int64_t wanted) {
+  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+  const Linear l(input, linear_weight, linear_bias, target, weight, o);
   const Tensor buffer = l.buffer();
-  RowOutputs out;
+  std::array<Tensor, 6> all;
   l.each([&](int64_t i, int64_t n) {
     const Tensor logits = l.logits(l.take_input(i, n), buffer);
-    const RowOutputs rows = row_forward(logits, maybe(l.take(l.target, i, n)), weight, o, wanted);
-    for (const auto part : {&RowOutputs::loss, &RowOutputs::entropy, &RowOutputs::logsumexp, &RowOutputs::collision,
-                            &RowOutputs::argmax}) {
-      if ((rows.*part).defined() && (rows.*part).dim() > 0) l.collect(out.*part, i, n, rows.*part);
+    const auto part = row_forward(logits, l.take(target, i, n), weight, o.row, wanted);
+    const auto& [loss, entropy, logsumexp, collision, argmax, stats] = part;
+    const Tensor values[] = {loss, entropy, logsumexp, collision, argmax};
+    for (int64_t k = 0; k < 5; k++) {
+      if (wanted >> k & 1) {
+        l.collect(all[k], i, n, values[k]);
+      } else if (!all[k].defined()) {
+        all[k] = values[k];
+      }
     }
-    l.collect(out.stats, i, n, rows.stats, /*dim=*/1);
+    l.collect(all[5], i, n, stats, /*dim=*/1);
   });
-  return rows_of(out, input);
+  return {all[0], all[1], all[2], all[3], all[4], all[5]};
 }
 
 LinearGradients linear_token_statistics_backward(const MaybeTensor& grad_loss, const MaybeTensor& grad_entropy,
@@ -325,91 +328,95 @@ LinearGradients linear_token_statistics_backward(const MaybeTensor& grad_loss, c
                                                  double label_smoothing, double logit_scale, double softcap,
                                                  bool skip_masked_rows, int64_t chunk_size, bool compact,
                                                  int64_t wanted, int64_t gradients) {
-  const RowOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
-  const Linear l(input, linear_weight, linear_bias, target, weight, {o, chunk_size, compact});
+  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+  const Linear l(input, linear_weight, linear_bias, target, weight, o);
   const Gradients grads(l, gradients);
   const Tensor buffer = l.buffer();
   l.each([&](int64_t i, int64_t n) {
-    const auto part = [&](const MaybeTensor& t) { return present(t) ? MaybeTensor(l.take(*t, i, n)) : std::nullopt; };
     const Tensor x = l.take_input(i, n), logits = l.logits(x, buffer);
-    row_backward_({part(grad_loss), part(grad_entropy), part(grad_logsumexp), part(grad_collision)}, logits,
-                  part(target), weight, l.take(stats, i, n, /*dim=*/1), o, wanted);
+    row_backward_({l.take(grad_loss, i, n), l.take(grad_entropy, i, n), l.take(grad_logsumexp, i, n),
+                   l.take(grad_collision, i, n)},
+                  logits, l.take(target, i, n), weight, l.take(stats, i, n, /*dim=*/1), o.row, wanted);
     grads.add(i, x, logits);
   });
-  return {grads.shaped(grads.input, input.sizes()).to(input.scalar_type()),
-          grads.shaped(grads.matrix, linear_weight.sizes()).to(input.scalar_type()),
-          grads.shaped(grads.bias, linear_weight.sizes().slice(0, linear_weight.dim() - 1)).to(input.scalar_type())};
+  const auto [x, w, b] = grads.all(linear_weight);
+  const auto type = input.scalar_type();
+  return {x.to(type), w.to(type), b.to(type)};
 }
 
-// ---- without data (meta.cpp's part of these): sizes may be symbols, what a row operator returns it says itself
+// ---- without data: sizes may be symbols; what a row operator returns it says itself
 
 Tensor meta_logits(const Tensor& input, const Tensor& linear_weight) {
   return at::empty_symint(linear_logits_sizes(input, linear_weight), input.options().dtype(acc_type({&input})));
 }
-Tensor meta_gradient(const Tensor& t, bool wanted, at::ScalarType type) {
-  return wanted ? at::empty_symint(t.sym_sizes(), t.options().dtype(type)) : at::empty({0}, t.options().dtype(type));
-}
-LinearGradients meta_gradients(const Tensor& input, const Tensor& linear_weight, const MaybeTensor& linear_bias,
-                               int64_t gradients, at::ScalarType type) {
-  return {meta_gradient(input, gradients & 1, type), meta_gradient(linear_weight, gradients & 2, type),
-          meta_gradient(present(linear_bias) ? *linear_bias : input, gradients & 4, type)};
+LinearGradients meta_gradients(const Tensor& input, const Tensor& linear_weight, int64_t gradients,
+                               at::ScalarType type) {
+  const auto sizes = linear_weight.sym_sizes();
+  const auto one = [&](int64_t bit, c10::SymIntArrayRef sizes) {
+    const auto options = input.options().dtype(type);
+    return gradients & bit ? at::empty_symint(sizes, options) : at::empty({0}, options);
+  };
+  return {one(1, input.sym_sizes()), one(2, sizes), one(4, sizes.slice(0, sizes.size() - 1))};
 }
 
-LinearSum linear_cross_entropy_meta(const Tensor& input, const Tensor& linear_weight, const MaybeTensor& linear_bias,
-                                    const Tensor& target, const MaybeTensor& weight, const MaybeTensor& row_weight,
-                                    int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
-                                    bool skip_masked_rows, int64_t chunk_size, bool compact, double z_loss, bool reduce,
-                                    int64_t gradients) {
-  const RowOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
-  if (!reduce) {
-    return linear_cross_entropy_by_rows(input, linear_weight, linear_bias, target, weight, row_weight,
-                                        {o, chunk_size, compact}, z_loss, reduce);
+LinearOutputs linear_cross_entropy_meta(const Tensor& input, const Tensor& linear_weight,
+                                        const MaybeTensor& linear_bias, const Tensor& target, const MaybeTensor& weight,
+                                        const MaybeTensor& token_weight, int64_t ignore_index, double label_smoothing,
+                                        double logit_scale, double softcap, bool skip_masked_rows, int64_t chunk_size,
+                                        bool compact, double z_loss, int64_t reduction, int64_t gradients) {
+  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+  if (Reduction(reduction) == Reduction::none) {
+    return linear_cross_entropy_by_rows(input, linear_weight, linear_bias, target, weight, token_weight, o, z_loss,
+                                        Reduction::none);
   }
-  const Tensor loss = row_forward(meta_logits(input, linear_weight), target, weight, o, RowLoss::wanted(z_loss)).loss;
-  auto [x, w, b] = meta_gradients(input, linear_weight, linear_bias, gradients, acc_type({&input}));
-  return {at::empty({}, loss.options()), loss, x, w, b};
+  const Tensor loss =
+      std::get<0>(row_forward(meta_logits(input, linear_weight), target, weight, o.row, RowLoss::wanted(z_loss)));
+  const auto [x, w, b] = meta_gradients(input, linear_weight, gradients, acc_type({&input}));
+  return {at::empty({}, loss.options()), at::empty_like(loss), at::empty({}, loss.options()), x, w, b};
 }
-LinearRows linear_token_statistics_forward_meta(const Tensor& input, const Tensor& linear_weight, const MaybeTensor&,
-                                                const MaybeTensor& target, const MaybeTensor& weight,
-                                                int64_t ignore_index, double label_smoothing, double logit_scale,
-                                                double softcap, bool skip_masked_rows, int64_t, bool, int64_t wanted) {
-  return rows_of(row_forward(meta_logits(input, linear_weight), target, weight,
-                             {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, wanted),
-                 input);
+TokenOutputs linear_token_statistics_forward_meta(const Tensor& input, const Tensor& linear_weight, const MaybeTensor&,
+                                                  const MaybeTensor& target, const MaybeTensor& weight,
+                                                  int64_t ignore_index, double label_smoothing, double logit_scale,
+                                                  double softcap, bool skip_masked_rows, int64_t, bool,
+                                                  int64_t wanted) {
+  return row_forward(meta_logits(input, linear_weight), target, weight,
+                     {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, wanted);
 }
 LinearGradients linear_token_statistics_backward_meta(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                                                       const MaybeTensor&, const Tensor& input,
-                                                      const Tensor& linear_weight, const MaybeTensor& linear_bias,
+                                                      const Tensor& linear_weight, const MaybeTensor&,
                                                       const MaybeTensor&, const MaybeTensor&, const Tensor&, int64_t,
                                                       double, double, double, bool, int64_t, bool, int64_t,
                                                       int64_t gradients) {
-  return meta_gradients(input, linear_weight, linear_bias, gradients, input.scalar_type());
+  return meta_gradients(input, linear_weight, gradients, input.scalar_type());
 }
 
 }  // namespace
 
-LinearRows call_linear_rows(const Tensor& x, const Tensor& linear_weight, const MaybeTensor& linear_bias,
-                            const MaybeTensor& target, const MaybeTensor& weight, const LinearOptions& o,
-                            int64_t wanted) {
+TokenOutputs call_linear_rows(const Tensor& x, const Tensor& linear_weight, const MaybeTensor& linear_bias,
+                              const MaybeTensor& target, const MaybeTensor& weight, const LinearOptions& o,
+                              int64_t wanted) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("cece::linear_token_statistics_forward", "")
-          .typed<LinearRows(const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                            int64_t, double, double, double, bool, int64_t, bool, int64_t)>();
-  const RowOptions& r = o.row;
+          .typed<TokenOutputs(const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                              int64_t, double, double, double, bool, int64_t, bool, int64_t)>();
+  const TokenOptions& r = o.row;
   return op.call(x, linear_weight, linear_bias, target, weight, r.ignore_index, r.label_smoothing, r.logit_scale,
                  r.softcap, r.skip_masked_rows, o.chunk_size, o.compact, wanted);
 }
 
-LinearSum linear_cross_entropy_by_rows(const Tensor& x, const Tensor& linear_weight, const MaybeTensor& linear_bias,
-                                       const Tensor& target, const MaybeTensor& weight, const MaybeTensor& row_weight,
-                                       const LinearOptions& o, double z_loss, bool reduce) {
-  RowOutputs rows;
-  std::tie(rows.loss, std::ignore, rows.logsumexp, std::ignore, std::ignore, std::ignore) =
-      call_linear_rows(x, linear_weight, linear_bias, target, weight, o, RowLoss::wanted(z_loss));
-  const Tensor loss = RowLoss(rows, target, o.row, z_loss).times(row_weight);
-  const Tensor none = at::empty({0}, loss.options());
-  return {reduce ? sum_of_rows(loss) : loss, none, none, none, none};
+LinearOutputs linear_cross_entropy_by_rows(const Tensor& x, const Tensor& linear_weight, const MaybeTensor& linear_bias,
+                                           const Tensor& target, const MaybeTensor& weight,
+                                           const MaybeTensor& token_weight, const LinearOptions& o, double z_loss,
+                                           Reduction reduction) {
+  const RowLoss row(call_linear_rows(x, linear_weight, linear_bias, target, weight, o, RowLoss::wanted(z_loss)), target,
+                    o.row, z_loss);
+  Tensor loss = row.weighted(token_weight);
+  if (reduction != Reduction::none) loss = sum_of_rows(loss);
+  if (reduction == Reduction::mean) loss = loss / sum_of_rows(row.shares(target, weight));
+  const auto none = [&] { return at::empty({0}, loss.options()); };
+  return {loss, none(), none(), none(), none(), none()};
 }
 
 }  // namespace cece

@@ -31,6 +31,31 @@ Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Te
   return at::empty_like(logits);
 }
 
+TokenOutputs token_statistics_forward(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
+                                      int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
+                                      bool skip_masked_rows, int64_t wanted) {
+  const TokenOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
+  return allocate_token_outputs(check_token_statistics_shapes(logits, target, weight, o), logits, wanted);
+}
+
+void check_token_backward(const MaybeTensor& g_loss, const MaybeTensor& g_entropy, const MaybeTensor& g_logsumexp,
+                          const MaybeTensor& g_collision, const Tensor& logits, const MaybeTensor& target,
+                          const MaybeTensor& weight, const Tensor& stats, int64_t ignore_index, double label_smoothing,
+                          double logit_scale, double softcap, bool skip_masked_rows) {
+  const TokenOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
+  check_token_grads(check_token_statistics_shapes(logits, target, weight, o), logits, target,
+                    {g_loss, g_entropy, g_logsumexp, g_collision}, stats);
+}
+Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g_entropy,
+                                 const MaybeTensor& g_logsumexp, const MaybeTensor& g_collision, const Tensor& logits,
+                                 const MaybeTensor& target, const MaybeTensor& weight, const Tensor& stats,
+                                 int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
+                                 bool skip_masked_rows) {
+  check_token_backward(g_loss, g_entropy, g_logsumexp, g_collision, logits, target, weight, stats, ignore_index,
+                       label_smoothing, logit_scale, softcap, skip_masked_rows);
+  return at::empty_like(logits);
+}
+
 Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
                                     const MaybeTensor& pos_weight, bool with_logits, int64_t reduction) {
   const auto acc = check_binary_cross_entropy_shapes(input, target, weight, pos_weight, with_logits, reduction);
@@ -52,6 +77,9 @@ TORCH_LIBRARY_IMPL(cece, Meta, m) {
   m.impl("cross_entropy_forward", cross_entropy_forward);
   m.impl("cross_entropy_backward", cross_entropy_backward);
   m.impl("cross_entropy_backward_", check_backward);
+  m.impl("token_statistics_forward", token_statistics_forward);
+  m.impl("token_statistics_backward", token_statistics_backward);
+  m.impl("token_statistics_backward_", check_token_backward);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
 }

@@ -151,6 +151,12 @@ struct LogSumExp {
     rest = select(bigger, o.rest + (rest + T(1)) * z, rest + (o.rest + T(1)) * z);
     max = select(bigger, o.max, max);
   }
+  // To merge many at once: what this one adds to `rest` at the greatest of their maxima. One of those that have it
+  // leads, and alone leaves its term out.
+  template <class Mask>
+  CECE_HD T share(T greatest_max, Mask leads) const {
+    return select(leads, rest, (rest + T(1)) * exp_nonpositive(max - greatest_max));
+  }
   CECE_HD void push(T x) {  // merge({x, 0}) without its zeros
     const T d = x - max, z = exp_nonpositive(-abs_(d));
     const auto bigger = greater(d, T(0));
@@ -243,6 +249,61 @@ template <class T>
 CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {
   const T nll = negative_log_probability(x, max, log_sum);
   return times(kept, expm1_nonpositive(-nll)) + (exp_nonpositive(-nll) * spread_mass - q);
+}
+
+// --------------------------------------------------------------------------------- statistics of a row
+
+// What else a row says: with u_j = max - x_j >= 0 and p_j = e^{-u_j} / (1 + rest)
+//   heat       E   = sum_j p_j u_j
+//   entropy    H   = - sum_j p_j log p_j = log_sum + E
+//   logsumexp      = max + log_sum
+//   collision      = sum_j p_j^2 = 1 - spread          (two draws agree; e^{-Renyi's entropy of order 2})
+// `square` is the sum of e^{-2 u_j} without one maximal term, as `rest` is of e^{-u_j}; nothing cancels in either.
+template <class T>
+struct Moments : LogSumExp<T> {
+  T heat = T(0);     // sum_j e^{-u_j} u_j
+  T square = T(-1);  // the empty sum, as rest
+  using LogSumExp<T>::max, LogSumExp<T>::rest;
+
+  CECE_HD void merge(const Moments& o) {
+    const T d = o.max - max, far = abs_(d), z = exp_nonpositive(-far);
+    const auto bigger = greater(d, T(0));
+    const T low_rest = select(bigger, rest, o.rest) + T(1), low_heat = select(bigger, heat, o.heat);
+    const T low_square = select(bigger, square, o.square) + T(1);
+    heat = select(bigger, o.heat, heat) + times(z, low_heat + far * low_rest);
+    square = select(bigger, o.square, square) + z * z * low_square;
+    rest = select(bigger, o.rest, rest) + z * low_rest;
+    max = select(bigger, o.max, max);
+  }
+  CECE_HD void push(T x) {
+    Moments o;
+    o.max = x, o.rest = o.square = T(0);
+    merge(o);
+  }
+  CECE_HD T mean_heat() const { return heat / (T(1) + rest); }
+  CECE_HD T collision() const { return (T(1) + square) / ((T(1) + rest) * (T(1) + rest)); }
+  CECE_HD T spread() const { return (rest * (T(2) + rest) - square) / ((T(1) + rest) * (T(1) + rest)); }
+};
+
+// Their derivatives: each is p_j times one of these, for incoming gradients of 1
+//   logsumexp 1       entropy u_j - E       collision 2 (p_j - sum_k p_k^2)
+// p_j - sum p^2 from two small numbers where p_j is nearly all there is.
+template <class T>
+CECE_HD T above_collision(T p, T minus_log_p, T spread) {
+  return select(greater(p, T(0.5)), spread + expm1_nonpositive(-minus_log_p), p - (T(1) - spread));
+}
+
+// A row's logits may be changed on the way in, z = scale x or z = cap tanh(scale x / cap), which no logit leaves
+// ("soft capping", Gemma Team 2024, section 2). Here w = |scale x / cap|, and 1 - tanh^2 is not formed as a difference.
+template <class T>
+CECE_HD T tanh_nonnegative(T w) {
+  const T t = expm1_nonpositive(-(w + w));
+  return -t / (T(2) + t);
+}
+template <class T>
+CECE_HD T tanh_slope(T w) {
+  const T e = exp_nonpositive(-(w + w)), d = T(1) + e;
+  return T(4) * e / (d * d);
 }
 
 // --------------------------------------------------------------------------------- binary cross-entropy

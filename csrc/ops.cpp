@@ -17,6 +17,24 @@ TORCH_LIBRARY(cece, m) {
       "cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor stats, "
       "Tensor total_weight, int reduction, int ignore_index, float label_smoothing) -> ()",
       tags);
+  // Each of the rows' shape, or of shape (0) if it is not wanted (1 loss, 2 entropy, 4 logsumexp, 8 collision, 16
+  // argmax). stats: (5, rows...) max, log_sum, mass, heat and spread. softcap 0: none.
+  m.def(
+      "token_statistics_forward(Tensor logits, Tensor? target, Tensor? weight, int ignore_index, float "
+      "label_smoothing, "
+      "float logit_scale, float softcap, bool skip_masked_rows, int wanted) -> (Tensor loss, Tensor entropy, "
+      "Tensor logsumexp, Tensor collision, Tensor argmax, Tensor stats)",
+      tags);
+  m.def(
+      "token_statistics_backward(Tensor? grad_loss, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor? grad_collision, Tensor logits, Tensor? target, Tensor? weight, Tensor stats, int ignore_index, "
+      "float label_smoothing, float logit_scale, float softcap, bool skip_masked_rows) -> Tensor",
+      tags);
+  m.def(
+      "token_statistics_backward_(Tensor? grad_loss, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor? grad_collision, Tensor(a!) logits, Tensor? target, Tensor? weight, Tensor stats, int ignore_index, "
+      "float label_smoothing, float logit_scale, float softcap, bool skip_masked_rows) -> ()",
+      tags);
   m.def(
       "binary_cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
       "bool with_logits, int reduction) -> Tensor",
@@ -25,14 +43,14 @@ TORCH_LIBRARY(cece, m) {
       "binary_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
       "bool with_logits, int reduction) -> Tensor",
       tags);
-  // Behind a matrix, in chunks of rows; sizes in linear.h. loss: () the sum of the rows' losses, or each row's; losses:
-  // each row's before its factor row_weight; the gradients of the sum that bits 1 input, 2 linear_weight, 4 linear_bias
-  // of `gradients` ask for. compact: rows without a label are left out, their count read on the host.
+  // Behind a matrix, in chunks of rows; sizes in linear.h. losses: each row's before its token_weight; total: what the
+  // loss is divided by; the gradients: of the undivided sum, those that bits 1 input, 2 linear_weight, 4 linear_bias of
+  // `gradients` ask for. compact: rows without a label are left out, their count read on the host.
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-      "Tensor? row_weight, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
-      "bool skip_masked_rows, int chunk_size, bool compact, float z_loss, bool reduce, int gradients=0) -> "
-      "(Tensor loss, Tensor losses, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      "Tensor? token_weight, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
+      "bool skip_masked_rows, int chunk_size, bool compact, float z_loss, int reduction, int gradients=0) -> "
+      "(Tensor loss, Tensor losses, Tensor total, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
       tags);
   m.def(
       "linear_token_statistics_forward(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "

@@ -10,6 +10,7 @@ import re
 WIDE = re.compile(r"\bLDG\.E(?:\.\w+)*\.128\b")
 LOAD = re.compile(r"\bLDG\.")
 EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
+SHUFFLE = re.compile(r"\bSHFL\b")
 BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)*0x([0-9a-f]+)")
 NEVER_FALLS_THROUGH = re.compile(r"(?:BRA(?:\.\w+)* 0x|EXIT|BRX|RET)")
 
@@ -47,8 +48,8 @@ class Code:
         inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
         return max(inner, key=lambda loop: (min(8, self.count(EXPONENTIAL, *loop)), self.count(LOAD, *loop)))
 
-    def instructions_a_round(self, loop, elements):
-        """Of the shortest way around the loop that computes so many exponentials."""
+    def instructions_a_round(self, loop, elements, one=EXPONENTIAL):
+        """Of the shortest way through the loop, or any stretch, that meets so many exponentials, or what matches."""
         first, last = loop
         queue, seen = [(0, first, 0)], set()
         while queue:
@@ -56,7 +57,7 @@ class Code:
             if (at, done) in seen:
                 continue
             seen.add((at, done))
-            done = min(elements, done + bool(EXPONENTIAL.search(self[at])))
+            done = min(elements, done + bool(one.search(self[at])))
             cost += "NOP" not in self[at]
             if at == last:
                 if done == elements:
@@ -65,7 +66,13 @@ class Code:
             for to in self.next[at]:
                 if first <= to <= last:
                     heapq.heappush(queue, (cost, to, done))
-        raise AssertionError(f"no way around this loop computes {elements} exponentials: {self.mangled}")
+        raise AssertionError(f"no way there meets {elements} of {one.pattern}: {self.mangled}")
+
+    def instructions_a_merge(self, shuffles):
+        """From the first to the last shuffle of a warp that merges what its lanes have."""
+        barrier = next(i for i, instruction in enumerate(self.instructions) if instruction.startswith("BAR.SYNC"))
+        all_of_them = [i for i in range(barrier) if SHUFFLE.search(self[i])]
+        return self.instructions_a_round((all_of_them[0], all_of_them[-1]), shuffles, SHUFFLE)
 
     def waits_before(self, last):
         """What first reads a register that was loaded, on some way from the start to instruction `last`, or None."""

@@ -232,6 +232,23 @@ def test_clusters(emulated, order):
         seed(1)
 
 
+def test_backward_fills_the_gpu(tmp_path):
+    """However many wide rows there are, few multiprocessors wait for the last blocks, 4 of which run on each."""
+    (tmp_path / "tune.cpp").write_text("""#include <cstdio>
+#include "cuda/tune.h"
+int main() {
+  for (int rows = 1; rows <= 6000; rows++) {
+    std::printf("%d ", cece::cuda::row_parts(rows, 2 * 128256, cece::cuda::kBackwardBlocks * 132));
+  }
+}""")
+    compile_all([[*compiler(), "-std=c++17", f"-I{ROOT}/csrc", tmp_path / "tune.cpp", "-o", tmp_path / "tune"]])
+    parts = run(tmp_path / "tune").stdout.split()
+    blocks = torch.arange(1, 6001) * torch.tensor([int(p) for p in parts])
+    used = blocks / 528 / (blocks / 528).ceil()
+    assert used[199:].min() > 0.75 and used[199:1100].mean() > 0.92  # 0.38 and 0.72 where parts are the forward's
+    assert parts[-1] == "1" and int(parts[0]) >= 7
+
+
 def test_bad_labels(emulated):
     """NaN in its row, which is how CUDA says it, and in no other."""
     for logits in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(4, 3000), torch.randn(4, 40001)):
@@ -314,12 +331,38 @@ def test_binary_layouts(emulated, shape, layout, dtype):
         torch.testing.assert_close(grad.double(), true_grad, rtol=4 * max(torch.finfo(dtype).eps, 1e-7), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_padded_vocabulary(emulated, dtype):
+    """Rows of a wider tensor: a dense gradient lies otherwise to 16 bytes than the logits, in each row otherwise."""
+    labels = torch.tensor([0, -1, -100, 7, 3, 5, 8, 9, 100])
+    wide = (torch.randn(9, 36_016) * 4).to(dtype)
+    for classes, rows in (
+        (1041, 9),
+        (1047, 9),
+        (13, 9),
+        (37, 9),
+        (130, 9),
+        (4101, 2),
+        (36_001, 3),
+    ):  # the last in parts
+        y = labels[:rows].clone()
+        y[1] = classes - 1
+        y[y >= classes] = classes // 2
+        for start in (0, 3):
+            logits = wide[:rows, start : start + 16 * -(-classes // 16)][:, :classes]
+            check(logits, y, None, 0.0)
+            if rows == 9:  # a label at every place of a pack
+                check(logits, torch.arange(9) + classes // 4, None, 0.0)
+                check(logits, y, torch.rand(classes) if start else None, 0.1)
+    dense = torch.randn(2 * 1040 + 1).to(dtype)[1:].view(2, 1040)  # all rows lie apart in the same way
+    check(dense, torch.tensor([1039, -100]), None, 0.0)
+
+
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padded_vocabulary(emulated, dtype, target):
-    """Rows of a wider tensor: aligned logits, a dense gradient whose rows are not, probabilities of another type."""
+def test_padded_probabilities(emulated, dtype, target):
+    """The same with probabilities of another type, padded too."""
     logits = (torch.randn(4, 1048) * 4).to(dtype)[:, :1041]
-    check(logits, torch.tensor([0, 1040, -100, 7]), None, 0.0)
     check(logits, (torch.rand(4, 1056) / 500).to(target)[:, :1041], None, 0.0)
 
 

@@ -77,10 +77,11 @@ def test_an_unknown_reduction_is_refused_at_once(name):
         getattr(cece, name)(reduction="average")
 
 
+OWN = "z_loss=0.0, logit_scale=1.0, softcap=None, skip_masked_rows=False"
 REPRS = {
     "CrossEntropyLoss": (
-        "weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, inplace_backward=False",
-        "weight=(5,), ignore_index=2, reduction='sum', label_smoothing=0.1, inplace_backward=False",
+        "weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, inplace_backward=False, " + OWN,
+        "weight=(5,), ignore_index=2, reduction='sum', label_smoothing=0.1, inplace_backward=False, " + OWN,
     ),
     "BCEWithLogitsLoss": (
         "weight=None, pos_weight=None, reduction='mean'",

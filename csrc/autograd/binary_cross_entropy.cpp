@@ -121,7 +121,7 @@ Tensor binary_cross_entropy_forward(const Tensor& x, const Tensor& y, const Mayb
     at::AutoDispatchBelowADInplaceOrView below;
     loss = call_bce_forward(x, y, w, p, with_logits, reduction);
   }
-  record<BinaryCrossEntropyBackward>(loss, {with_logits, reduction}, {x, y, get(w), get(p)});
+  record<BinaryCrossEntropyBackward>({loss}, {with_logits, reduction}, {x, y, get(w), get(p)});
   if (has_tangent(x, y, get(w), get(p))) {
     const BinaryFormulas f(primal(x), primal(y), primal(get(w)), primal(get(p)), with_logits, reduction);
     const Tensor dx = tangent(x), dy = tangent(y), dw = tangent(get(w)), dp = tangent(get(p));
@@ -161,7 +161,7 @@ Tensor binary_cross_entropy_backward(const Tensor& g, const Tensor& x, const Ten
     at::AutoDispatchBelowADInplaceOrView below;
     grad = call_bce_backward(g, x, y, w, p, with_logits, reduction);
   }
-  record<BinaryCrossEntropyBackwardBackward>(grad, {with_logits, reduction}, {g, x, y, get(w), get(p)});
+  record<BinaryCrossEntropyBackwardBackward>({grad}, {with_logits, reduction}, {g, x, y, get(w), get(p)});
   if (has_tangent(g, x, y, get(w), get(p))) {
     const Tensor px = primal(x), py = primal(y), pw = primal(get(w)), pp = primal(get(p));
     const Tensor dg = tangent(g), dx = tangent(x), dy = tangent(y), dw = tangent(get(w)), dp = tangent(get(p));

@@ -4,18 +4,11 @@
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/library.h>
 
-#include "node.h"
+#include "rows.h"
 
 namespace cece {
 namespace {
 
-struct Options {
-  int64_t reduction, ignore_index;
-  double label_smoothing;
-  bool inplace = false;
-
-  auto all() { return std::tie(reduction, ignore_index, label_smoothing, inplace); }
-};
 using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor>;
 
 ForwardOutputs call_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, const Options& o) {
@@ -47,90 +40,15 @@ Tensor overwrite_backward(const Tensor& grad, const Tensor& x, const Tensor& t, 
   return x.detach();
 }
 
-// The formulas of one call, in plain torch operators. Shapes: logits (N, C, d...), rows (N, 1, d...).
-struct CrossEntropyFormulas {
-  Tensor x, t, w, stats, total;
-  Options o;
-  int64_t dim;  // of the classes
-  bool soft;
-  at::ScalarType acc;
+struct CrossEntropyFormulas : RowFormulas {
+  using RowFormulas::RowFormulas;
 
-  CrossEntropyFormulas(const Tensor& x, const Tensor& t, const Tensor& w, const Tensor& stats, const Tensor& total,
-                       const Options& o)
-      : x(x),
-        t(t),
-        w(w),
-        stats(stats),
-        total(total),
-        o(o),
-        dim(x.dim() == 1 ? 0 : 1),
-        soft(t.dim() == x.dim()),
-        acc(acc_type({&x, soft ? &t : nullptr})) {}
-
-  double keep() const { return 1 - o.label_smoothing; }
-  Tensor by_class(const Tensor& v) const {  // (C) against (N, C, d...)
-    std::vector<int64_t> sizes(x.dim(), 1);
-    sizes[dim] = -1;
-    return v.to(acc).view(sizes);
-  }
-  Tensor weighted(const Tensor& a) const { return w.defined() ? a * by_class(w) : a; }
-  Tensor smoothed() const {
-    return t.to(acc) * keep() + c10::SymFloat(o.label_smoothing) / c10::SymFloat(x.sym_size(dim));
-  }
-  Tensor of_rows(int64_t i) const { return stats.select(0, i).unsqueeze(dim); }            // 0 max, 1 log_sum, 2 mass
-  Tensor mass() const { return soft ? weighted(smoothed()).sum(dim, true) : of_rows(2); }  // sum_j q_j of each row
-  // a, of the logits' shape or the rows', but 0 in ignored rows, whatever is in them. Of inputs, not of results: what
-  // came of a NaN would be NaN again in the next derivative.
-  Tensor used(const Tensor& a) const {
-    if (soft) return a;
-    return a.masked_fill((t.to(at::kLong) == o.ignore_index).unsqueeze(dim), 0);  // as uint8, 156 would be -100
-  }
-
-  // In a row whose maximum is +inf that is one certain class: finite numbers far apart say so too, without inf - inf.
-  Tensor certain() const { return (of_rows(0) == kInfinity).logical_and(of_rows(1) == of_rows(1)); }
-  Tensor finite() const {
-    return at::minimum(used(x).to(acc), at::full_like(of_rows(0), kInfinity).masked_fill(certain(), largest_of(acc)));
-  }
-  Tensor softmax() const { return at::softmax(finite(), dim); }
-  Tensor minus_log_softmax() const {
-    return (-at::log_softmax(finite(), dim)).masked_fill(certain().logical_and(x != kInfinity), kInfinity);
-  }
-
-  Tensor scale(const Tensor& grad) const {  // d(reduced loss) / d(row's loss), times the incoming gradient
-    if (o.reduction == kNone) return used(grad.unsqueeze(dim));
-    return o.reduction == kMean ? grad / total : grad;
-  }
-  Tensor reduce(const Tensor& a) const { return o.reduction == kNone ? a.sum(dim) : a.sum(); }
-  Tensor mean(const Tensor& a) const { return o.reduction == kMean ? a / total : a; }
   // dloss/dx for an incoming gradient of 1. Not in x's dtype: it is multiplied and added up before it is rounded.
   Tensor unit_gradient() const {
     const Tensor ones = o.reduction == kNone ? at::ones_like(stats.select(0, 0)) : at::ones_like(total);
     return call_backward(ones, x.to(acc), t, maybe(w), stats, total, o);
   }
   Tensor along_gradient(const Tensor& v) const { return reduce(unit_gradient() * used(v)); }
-
-  // Gradients of loss = -sum_j w_j t'_j log p_j, t' = smoothed(t)
-  Tensor target_slope() const { return weighted(keep() * minus_log_softmax()); }
-  Tensor weight_slope() const { return times(smoothed(), minus_log_softmax()); }
-  void check_weight_slope() const {
-    TORCH_CHECK_NOT_IMPLEMENTED(soft,
-                                "cece.cross_entropy: the derivative for 'weight' is not implemented for class "
-                                "indices (nor in torch), only for probability targets");
-  }
-
-  // Of the gradient G_j = s (p_j m - q_j), with s the scale and m the mass: its change along a change of its inputs.
-  Tensor along_x(const Tensor& s, const Tensor& dx) const {  // s m p (v - sum_k p_k v_k), symmetric: also its vjp
-    const Tensor p = softmax(), v = used(dx);
-    return s * mass() * p * (v - (p * v).sum(dim, true));
-  }
-  Tensor along_q(const Tensor& s, const Tensor& dq) const { return s * (softmax() * dq.sum(dim, true) - dq); }
-  Tensor onto_q(const Tensor& s, const Tensor& v) const { return s * ((softmax() * v).sum(dim, true) - v); }
-
- private:
-  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  static double largest_of(at::ScalarType type) {
-    return type == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-  }
 };
 
 // ---- inplace_backward: when the gradient may take the logits' memory. One who asks for what would destroy something
@@ -227,7 +145,7 @@ ForwardOutputs cross_entropy_forward(const Tensor& x, const Tensor& t, const May
     out = call_forward(x, t, w, o);
   }
   const auto& [loss, stats, total] = out;
-  record<CrossEntropyBackward>(loss, o, {x, t, get(w), stats, total});
+  record<CrossEntropyBackward>({loss}, o, {x, t, get(w), stats, total});
   if (has_tangent(x, t, get(w))) {
     const CrossEntropyFormulas f(primal(x), primal(t), primal(get(w)), stats, total, o);
     const Tensor dx = tangent(x), dt = tangent(t), dw = tangent(get(w));
@@ -273,7 +191,7 @@ Tensor cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& t,
     at::AutoDispatchBelowADInplaceOrView below;
     grad = call_backward(g, x, t, w, stats, total, o);
   }
-  record<CrossEntropyBackwardBackward>(grad, o, {g, x, t, get(w), stats, total});
+  record<CrossEntropyBackwardBackward>({grad}, o, {g, x, t, get(w), stats, total});
   if (has_tangent(g, x, t, get(w))) {
     const Tensor px = primal(x), pt = primal(t), pw = primal(get(w));
     const Tensor dg = tangent(g), dx = tangent(x), dt = tangent(t), dw = tangent(get(w));

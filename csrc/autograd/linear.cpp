@@ -13,7 +13,7 @@
 namespace cece {
 namespace {
 
-struct Options {
+struct LinearCall {
   int64_t ignore_index;
   double label_smoothing, logit_scale, softcap;
   bool skip_masked_rows;
@@ -21,28 +21,29 @@ struct Options {
   bool compact;
   double z_loss;
   int64_t wanted;  // of a row
-  bool hooks;      // saved through hooks, whose owner may keep the very tensors
+  int64_t reduction;
+  bool hooks;  // saved through hooks, whose owner may keep the very tensors
 
   auto all() {
     return std::tie(ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, chunk_size, compact, z_loss,
-                    wanted, hooks);
+                    wanted, reduction, hooks);
   }
-  RowOptions row() const { return {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}; }
+  TokenOptions row() const { return {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}; }
   LinearOptions linear() const { return {row(), chunk_size, compact}; }
 };
 
-LinearSum call_sum(const Tensor& x, const Tensor& lw, const MaybeTensor& lb, const Tensor& t, const MaybeTensor& w,
-                   const MaybeTensor& rw, const Options& o, int64_t gradients) {
+LinearOutputs call_sum(const Tensor& x, const Tensor& lw, const MaybeTensor& lb, const Tensor& t, const MaybeTensor& w,
+                       const MaybeTensor& rw, const LinearCall& o, int64_t gradients) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("cece::linear_cross_entropy", "")
-                             .typed<LinearSum(const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
-                                              const MaybeTensor&, const MaybeTensor&, int64_t, double, double, double,
-                                              bool, int64_t, bool, double, bool, int64_t)>();
+                             .typed<LinearOutputs(const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
+                                                  const MaybeTensor&, const MaybeTensor&, int64_t, double, double,
+                                                  double, bool, int64_t, bool, double, bool, int64_t)>();
   return op.call(x, lw, lb, t, w, rw, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap, o.skip_masked_rows,
-                 o.chunk_size, o.compact, o.z_loss, /*reduce=*/true, gradients);
+                 o.chunk_size, o.compact, o.z_loss, o.reduction, gradients);
 }
-LinearGradients call_rows_backward(const RowGradients& g, const Tensor& x, const Tensor& lw, const MaybeTensor& lb,
-                                   const MaybeTensor& t, const MaybeTensor& w, const Tensor& stats, const Options& o,
+LinearGradients call_rows_backward(const TokenGrads& g, const Tensor& x, const Tensor& lw, const MaybeTensor& lb,
+                                   const MaybeTensor& t, const MaybeTensor& w, const Tensor& stats, const LinearCall& o,
                                    int64_t gradients) {
   static const auto op =
       c10::Dispatcher::singleton()
@@ -51,8 +52,8 @@ LinearGradients call_rows_backward(const RowGradients& g, const Tensor& x, const
                                  const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
                                  const MaybeTensor&, const Tensor&, int64_t, double, double, double, bool, int64_t,
                                  bool, int64_t, int64_t)>();
-  return op.call(g.loss, g.entropy, g.logsumexp, g.collision, x, lw, lb, t, w, stats, o.ignore_index, o.label_smoothing,
-                 o.logit_scale, o.softcap, o.skip_masked_rows, o.chunk_size, o.compact, o.wanted, gradients);
+  return op.call(g[0], g[1], g[2], g[3], x, lw, lb, t, w, stats, o.ignore_index, o.label_smoothing, o.logit_scale,
+                 o.softcap, o.skip_masked_rows, o.chunk_size, o.compact, o.wanted, gradients);
 }
 
 // ---- in plain operators, at least float32 all along
@@ -112,87 +113,90 @@ bool differentiable(const Tensor& t) { return at::GradMode::is_enabled() && t.de
 // ---- the sum, with its gradient
 
 struct LinearCrossEntropyBackward {
-  using Options = cece::Options;
+  using Options = LinearCall;
   static constexpr const char* kName = "LinearCrossEntropyBackward";
-  // input, linear_weight, linear_bias, row_weight; target, weight, losses, the first three's gradients of the sum
-  static constexpr size_t kEdges = 4, kSaved = 10;
+  // input, linear_weight, linear_bias, token_weight; target, weight, losses, total, the first three's gradients of the
+  // sum
+  static constexpr size_t kEdges = 4, kSaved = 11;
 
-  static variable_list derive(const Options& o, const Needs& needs, const Tensors& saved, const Tensor& g) {
+  static variable_list derive(const LinearCall& o, const Needs& needs, const Tensors& saved, const Tensor& g) {
     if (at::GradMode::is_enabled()) return differentiably(o, needs, saved, g);
     variable_list out(kEdges);
+    const Tensor s = g / saved[7];
     // What was saved is not used again: unless a graph is kept, or someone else may hold it.
     const bool overwrite = !o.hooks && plain(g) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
                            !torch::autograd::get_current_graph_task_keep_graph();
     for (size_t i = 0; i < 3; i++) {
-      const Tensor& sum = saved[7 + i];
+      const Tensor& sum = saved[8 + i];
       if (!needs[i]) continue;
-      const Tensor scaled = overwrite && plain(sum) ? sum.mul_(g) : sum * g;
+      const Tensor scaled = overwrite && plain(sum) ? sum.mul_(s) : sum * s;
       out[i] = scaled.to(saved[i].scalar_type());
     }
-    if (needs[3]) out[3] = (saved[6] * g).to(saved[3].scalar_type());
+    if (needs[3]) out[3] = (saved[6] * s).to(saved[3].scalar_type());
     return out;
   }
-  static variable_list differentiably(const Options& o, const Needs& needs, const Tensors& saved, const Tensor& g) {
+  static variable_list differentiably(const LinearCall& o, const Needs& needs, const Tensors& saved, const Tensor& g) {
     const Tensor &x = saved[0], &lw = saved[1], &lb = saved[2], &rw = saved[3], &t = saved[4], &w = saved[5];
     const Plain p(x, lw, maybe(lb), t, o.ignore_index);
-    const RowOutputs rows = row_forward(p.logits(), t, maybe(w), o.row(), o.wanted);
+    const TokenOutputs rows = row_forward(p.logits(), t, maybe(w), o.row(), o.wanted);
     const RowLoss row(rows, t, o.row(), o.z_loss);
-    const Tensor factor = rw.defined() ? g * rw.to(row.loss.scalar_type()) : g.expand_as(row.loss);
-    const Tensor slope = row_backward(row.gradients(factor), p.logits(), t, maybe(w), rows.stats, o.row(), o.wanted);
+    const Tensor s = g / saved[7];
+    const Tensor slope = row_backward(row.gradients(row.factor(maybe(rw)) * s), p.logits(), t, maybe(w),
+                                      std::get<5>(rows), o.row(), o.wanted);
     variable_list out = p.gradients(slope, needs, x, lw, lb);
-    out.push_back(needs[3] ? (row.loss * g).to(rw.scalar_type()) : Tensor());
+    out.push_back(needs[3] ? (row.loss * s).to(rw.scalar_type()) : Tensor());
     return out;
   }
 };
 
-LinearSum linear_cross_entropy(const Tensor& x, const Tensor& lw, const MaybeTensor& lb, const Tensor& t,
-                               const MaybeTensor& w, const MaybeTensor& rw, int64_t ignore_index,
-                               double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
-                               int64_t chunk_size, bool compact, double z_loss, bool reduce, int64_t) {
+LinearOutputs linear_cross_entropy(const Tensor& x, const Tensor& lw, const MaybeTensor& lb, const Tensor& t,
+                                   const MaybeTensor& w, const MaybeTensor& rw, int64_t ignore_index,
+                                   double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
+                                   int64_t chunk_size, bool compact, double z_loss, int64_t reduction, int64_t) {
   const bool hooks = at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value();
-  const Options o{ignore_index, label_smoothing,         logit_scale, softcap, skip_masked_rows, chunk_size, compact,
-                  z_loss,       RowLoss::wanted(z_loss), hooks};
-  if (!reduce || needs_plain(x, lw, get(lb), t, get(w), get(rw)) || differentiable(t) || differentiable(get(w))) {
-    return linear_cross_entropy_by_rows(x, lw, lb, t, w, rw, o.linear(), z_loss, reduce);
+  const LinearCall o{ignore_index, label_smoothing,         logit_scale, softcap, skip_masked_rows, chunk_size, compact,
+                     z_loss,       RowLoss::wanted(z_loss), hooks};
+  if (reduction == kNone || needs_plain(x, lw, get(lb), t, get(w), get(rw)) || differentiable(t) ||
+      differentiable(get(w))) {
+    return linear_cross_entropy_by_rows(x, lw, lb, t, w, rw, o.linear(), z_loss, Reduction(reduction));
   }
-  LinearSum out;
+  LinearOutputs out;
   {
     const int64_t gradients = differentiable(x) | differentiable(lw) << 1 | differentiable(get(lb)) << 2;
     at::AutoDispatchBelowADInplaceOrView below;
     out = call_sum(x, lw, lb, t, w, rw, o, gradients);
   }
-  const auto& [loss, losses, grad_x, grad_lw, grad_lb] = out;
-  record<LinearCrossEntropyBackward>(loss, o, {x, lw, get(lb), get(rw), t, get(w), losses, grad_x, grad_lw, grad_lb});
+  const auto& [loss, losses, total, x_sum, lw_sum, lb_sum] = out;
+  record<LinearCrossEntropyBackward>({loss}, o,
+                                     {x, lw, get(lb), get(rw), t, get(w), losses, total, x_sum, lw_sum, lb_sum});
   return out;
 }
 
 // ---- rows' statistics, whose backward forms the logits again
 
 struct LinearTokenStatisticsBackward {
-  using Options = cece::Options;
+  using Options = LinearCall;
   static constexpr const char* kName = "LinearTokenStatisticsBackward";
   static constexpr size_t kEdges = 3, kSaved = 6;  // input, linear_weight, linear_bias; target, weight, stats
 
-  static variable_list derive(const Options& o, const Needs& needs, const Tensors& saved, const variable_list& g) {
-    const RowGradients grads{maybe(g[0]), maybe(g[1]), maybe(g[2]), maybe(g[3])};
-    if (!g[0].defined() && !g[1].defined() && !g[2].defined() && !g[3].defined()) return variable_list(kEdges);
+  static variable_list derive(const LinearCall& o, const Needs& needs, const Tensors& saved, const variable_list& g) {
+    const TokenGrads grads{maybe(g[0]), maybe(g[1]), maybe(g[2]), maybe(g[3])};
     auto [x, lw, lb] = call_rows_backward(grads, saved[0], saved[1], maybe(saved[2]), maybe(saved[3]), maybe(saved[4]),
                                           saved[5], o, needs[0] | needs[1] << 1 | needs[2] << 2);
     return {needs[0] ? x : Tensor(), needs[1] ? lw : Tensor(), needs[2] ? lb : Tensor()};
   }
 };
 
-LinearRows linear_token_statistics_forward(const Tensor& x, const Tensor& lw, const MaybeTensor& lb,
-                                           const MaybeTensor& t, const MaybeTensor& w, int64_t ignore_index,
-                                           double label_smoothing, double logit_scale, double softcap,
-                                           bool skip_masked_rows, int64_t chunk_size, bool compact, int64_t wanted) {
-  const Options o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows,
-                  chunk_size,   compact,         0,           wanted,  false};
+TokenOutputs linear_token_statistics_forward(const Tensor& x, const Tensor& lw, const MaybeTensor& lb,
+                                             const MaybeTensor& t, const MaybeTensor& w, int64_t ignore_index,
+                                             double label_smoothing, double logit_scale, double softcap,
+                                             bool skip_masked_rows, int64_t chunk_size, bool compact, int64_t wanted) {
+  const LinearCall o{
+      ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, chunk_size, compact, 0, wanted, 0, false};
   if (needs_plain(x, lw, get(lb), get(t), get(w)) || differentiable(get(t)) || differentiable(get(w))) {
-    const RowOutputs rows = row_forward(Plain(x, lw, lb, t, ignore_index).logits(), t, w, o.row(), wanted);
-    return rows_of(rows, x);
+    return row_forward(Plain(x, lw, lb, t, ignore_index).logits(), t, w, o.row(), wanted);
   }
-  LinearRows out;
+  TokenOutputs out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     out = call_linear_rows(x, lw, lb, t, w, o.linear(), wanted);
@@ -212,9 +216,9 @@ LinearGradients linear_token_statistics_backward(const MaybeTensor& grad_loss, c
                                                  int64_t ignore_index, double label_smoothing, double logit_scale,
                                                  double softcap, bool skip_masked_rows, int64_t chunk_size,
                                                  bool compact, int64_t wanted, int64_t gradients) {
-  const Options o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows,
-                  chunk_size,   compact,         0,           wanted,  false};
-  const RowGradients g{grad_loss, grad_entropy, grad_logsumexp, grad_collision};
+  const LinearCall o{
+      ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, chunk_size, compact, 0, wanted, 0, false};
+  const TokenGrads g{grad_loss, grad_entropy, grad_logsumexp, grad_collision};
   const std::array<Tensor, 9> all{
       get(grad_loss), get(grad_entropy), get(grad_logsumexp), get(grad_collision), x, lw, get(lb), get(t), get(w)};
   if (std::any_of(all.begin(), all.end(), [](const Tensor& a) { return needs_plain(a) || differentiable(a); })) {

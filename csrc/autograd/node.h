@@ -104,10 +104,14 @@ struct LossNode : torch::autograd::Node {
   }
   static variable_list derive(const Options& options, const Needs& needs, const Tensors& saved,
                               const variable_list& grads) {
-    if constexpr (requires { Rule::derive(options, needs, saved, grads); }) {  // a rule of several results
+    bool any = false;
+    for (const Tensor& grad : grads) any = any || grad.defined();
+    if (!any) return variable_list(needs.size());
+    if constexpr (std::is_invocable_v<decltype(Rule::derive), const Options&, const Needs&, const Tensors&,
+                                      const Tensor&>) {
+      return Rule::derive(options, needs, saved, grads[0]);
+    } else {  // of an operator with several outputs
       return Rule::derive(options, needs, saved, grads);
-    } else {
-      return grads[0].defined() ? Rule::derive(options, needs, saved, grads[0]) : variable_list(needs.size());
     }
   }
   static variable_list derive_packed(const variable_list& grads, const std::vector<at::IValue>& values) {
@@ -136,13 +140,21 @@ auto make_node(Args&&... args) {
   }
 }
 
-template <class Rule, class Result>  // a tensor, or several
-void record(const Result& result, const typename Rule::Options& options,
+// outputs: an undefined one is not differentiable.
+template <class Rule>
+void record(std::initializer_list<Tensor> outputs, const typename Rule::Options& options,
             const std::array<Tensor, Rule::kSaved>& tensors) {
   bool wanted = false;
   for (size_t i = 0; i < Rule::kEdges; i++) wanted = wanted || (tensors[i].defined() && tensors[i].requires_grad());
   if (!wanted || !at::GradMode::is_enabled()) return;
-  torch::autograd::set_history(result, make_node<LossNode<Rule>>(options, tensors));
+  const auto node = make_node<LossNode<Rule>>(options, tensors);
+  for (const Tensor& output : outputs) {
+    if (output.defined()) {
+      torch::autograd::set_history(output, node);
+    } else {
+      node->add_input_metadata(torch::autograd::Node::undefined_input());
+    }
+  }
 }
 
 // Forward mode: a tensor may carry a tangent.

@@ -3,6 +3,9 @@
 // Forward reads the logits once. A block of kBlock classes comes into L1 (as Acc, whatever its dtype); its maximum
 // is found there, then its exponentials summed. Backward reads the logits once more and writes the gradient,
 // rebuilding each probability from the row's saved max and log_sum.
+//
+// One text for two operators: cross-entropy, and all statistics of a row (kFull), which transforms the logits on the
+// way in, forms three more sums and has three more terms in its gradient. Cross-entropy compiles to none of that.
 #pragma once
 #include "block.h"
 #include "kernels.h"
@@ -12,11 +15,11 @@ namespace {
 
 enum class Target { hard, smooth, soft };  // a label; a label with smoothing; probabilities
 
-template <class A>
+template <class A, class Args>
 struct CrossEntropy {
   using V = Vec<A>;
-  using Args = CrossEntropyArgs;
   static constexpr int64_t kLanes = V::size();
+  static constexpr bool kFull = std::is_same_v<Args, TokenStatisticsArgs>;
 
   // ---- the target of a row
 
@@ -28,11 +31,11 @@ struct CrossEntropy {
     return f(integral_constant<Target, Target::hard>{});
   }
 
-  static constexpr int64_t kIgnored = -1, kImpossible = -2;
+  static constexpr int64_t kIgnored = -1, kImpossible = -2, kUnlabelled = -3;
 
   // The class indices of rows first ... first + n - 1, each a class, kIgnored or kImpossible. True if all are classes.
   static bool read_labels(const Args& a, int64_t first, int64_t n, int64_t* y) {
-    if (a.probabilities.data) {
+    if (!a.labels) {
       std::fill_n(y, n, kIgnored);
       return true;
     }
@@ -87,6 +90,34 @@ struct CrossEntropy {
     return {t, a.weight ? static_cast<const A*>(a.weight) + c : nullptr, keep(a), spread(a)};
   }
 
+  // ---- what the logits are changed to
+
+  static bool transforms(const Args& a) {
+    if constexpr (kFull) return a.logit_scale != 1 || a.softcap > 0;
+    return false;
+  }
+  // n logits as they are used, in `z`; and in `slope`, if there is one, what that changes by.
+  static void transform(const Args& a, const A* x, int64_t n, A* z, A* slope) {
+    if constexpr (kFull) {
+      const V scale{A(a.logit_scale)}, cap{A(a.softcap)}, shrink{A(a.softcap > 0 ? 1 / a.softcap : 1)};
+      each_vector<A>(n, [&](int64_t i, int64_t count) {
+        const V s = load_vector(x + i, count) * scale, w = abs_(s * shrink);
+        const V capped = cap * tanh_nonnegative(w);
+        store_vector(z + i, a.softcap > 0 ? select(s < V(A(0)), -capped, capped) : s, count);
+        if (slope) store_vector(slope + i, a.softcap > 0 ? scale * tanh_slope(w) : scale, count);
+      });
+    }
+  }
+  static const A* transformed(const Args& a, const A* x, int64_t n, A* buffer, A* slope = nullptr) {
+    if (!transforms(a)) return x;
+    transform(a, x, n, buffer, slope);
+    return buffer;
+  }
+  static A transformed_one(const Args& a, A x) {
+    if (transforms(a)) transform(a, &x, 1, &x, nullptr);
+    return x;
+  }
+
   // ---- one row at a time: forward
 
   static A block_max(const A* x, int64_t n) {  // ignores NaN, which the sum will find
@@ -112,32 +143,42 @@ struct CrossEntropy {
     return i;
   }
 
-  // sum_i e^{x_i - max}, without element `own` (n: with all). The block is in L1 and this is arithmetic only, so it is
-  // the time to ask for what comes `ahead` in memory, the next block or row: reading then costs next to nothing.
-  static A sum_exp(const A* x, int64_t n, A max, int64_t own, const char* ahead, int64_t element_size) {
-    const V m(max);
-    V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
+  struct Terms {  // of e^{x_i - max}
+    A sum, heat, square;
+  };
+  // Their sums without element `own` (n: with all). The block is in L1 and this is arithmetic only, so it is the time
+  // to ask for what comes `ahead` in memory, the next block or row: reading then costs next to nothing.
+  static Terms sum_terms(const A* x, int64_t n, A max, int64_t own, const char* ahead, int64_t element_size) {
+    const V m(max), zero(A(0));
+    V sum[4] = {zero, zero, zero, zero}, heat[4] = {zero, zero, zero, zero}, square[4] = {zero, zero, zero, zero};
+    const auto add_vector = [&](V x_i, int k) {
+      const V e = exp_nonpositive(x_i - m);
+      sum[k] = sum[k] + e;
+      if constexpr (kFull) heat[k] = heat[k] + times(e, m - x_i), square[k] = square[k] + e * e;
+    };
     const auto add = [&](int64_t i, int64_t end) {  // whole vectors
       for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
         for (int k = 0; k < 4; k++) {
           __builtin_prefetch(ahead + (i + k * kLanes) * element_size);
-          sum[k] = sum[k] + exp_nonpositive(V::loadu(x + i + k * kLanes) - m);
+          add_vector(V::loadu(x + i + k * kLanes), k);
         }
       }
-      for (; i < end; i += kLanes) sum[0] = sum[0] + exp_nonpositive(V::loadu(x + i) - m);
+      for (; i < end; i += kLanes) add_vector(V::loadu(x + i), 0);
     };
     const auto add_few = [&](int64_t i, int64_t end) {  // less than a vector, or one with the element to leave out
       A few[kLanes];
       std::fill_n(few, kLanes, -std::numeric_limits<A>::infinity());
       for (int64_t j = i; j < end; j++) few[j - i] = j == own ? few[j - i] : x[j];
-      sum[1] = sum[1] + exp_nonpositive(V::loadu(few) - m);
+      add_vector(V::loadu(few), 1);
     };
     const int64_t whole = n / kLanes * kLanes, own_vector = std::min(own / kLanes * kLanes, whole);
     add(0, own_vector);
     if (own_vector < whole) add_few(own_vector, own_vector + kLanes);
     add(std::min(own_vector + kLanes, whole), whole);
     if (whole < n) add_few(whole, n);
-    return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    const auto total = [](const V(&v)[4]) { return sum_lanes((v[0] + v[1]) + (v[2] + v[3])); };
+    if constexpr (kFull) return {total(sum), total(heat), total(square)};
+    return {total(sum)};
   }
 
   // Adds a block's masses and gaps. While the maximum is finite a gap is a difference, and where every class has the
@@ -167,42 +208,81 @@ struct CrossEntropy {
   }
 
   struct RowBuffers {
-    alignas(64) A x[kBlock], t[kBlock], out[kBlock];
+    alignas(64) A x[kBlock], t[kBlock], out[kBlock], slope[kBlock];
   };
 
   template <Target K>
   static RowState read_classes(const Args& a, RowBuffers& buffer, int64_t row, int64_t begin, int64_t end) {
     const int64_t at_x = offset_of(a.rows, a.logits, row), stride = a.logits.class_stride;
     const int64_t at_t = K == Target::soft ? offset_of(a.rows, a.probabilities, row) : 0;
-    LogSumExp<double> lse;
-    lse.max = lowest<A>();
+    std::conditional_t<kFull, Moments<double>, LogSumExp<double>> sums;
+    sums.max = lowest<A>();
     TargetGaps<double> target;
+    int64_t argmax = begin;
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c);
-      const A* x = load(a.logits, at_x + c * stride, stride, n, buffer.x);
+      const A* x = transformed(a, load(a.logits, at_x + c * stride, stride, n, buffer.x), n, buffer.x);
       const A max = block_max(x, n);
       const int64_t element_size = stride * size_of(a.logits.dtype);
       const char* ahead = static_cast<const char*>(a.logits.data) + (at_x + (c + n) * stride) * size_of(a.logits.dtype);
-      if (max > lse.max) {  // one of the maximal elements is the `1 +` of log1p: its term stays out of the sum
-        const LogSumExp<double> block{max, sum_exp(x, n, max, index_of(x, n, max), ahead, element_size)};
-        target.rebase(lse.max, max);
-        c == begin ? void(lse = block) : lse.merge(block);
+      if (max > sums.max) {  // one of the maximal elements is the `1 +` of log1p: its term stays out of the sum
+        const int64_t own = index_of(x, n, max);
+        const Terms terms = sum_terms(x, n, max, own, ahead, element_size);
+        decltype(sums) block;
+        block.max = max, block.rest = terms.sum;
+        if constexpr (kFull) block.heat = terms.heat, block.square = terms.square, argmax = c + own;
+        target.rebase(sums.max, max);
+        c == begin ? void(sums = block) : sums.merge(block);
       } else {
-        lse.rest += sum_exp(x, n, A(lse.max), n, ahead, element_size);
+        const Terms terms = sum_terms(x, n, A(sums.max), n, ahead, element_size);
+        sums.rest += terms.sum;
+        if constexpr (kFull) sums.heat += terms.heat, sums.square += terms.square;
       }
       if constexpr (K != Target::hard) {
-        add_gaps(target, x, n, A(lse.max), masses<K>(a, at_t, c, n, buffer.t));
+        add_gaps(target, x, n, A(sums.max), masses<K>(a, at_t, c, n, buffer.t));
       }
     }
-    return {lse.max, lse.rest, target.gaps, target.mass};
+    RowState s{sums.max, sums.rest, target.gaps, target.mass};
+    if constexpr (kFull) s.heat = sums.heat, s.square = sums.square, s.argmax = argmax;
+    return s;
   }
 
-  static void write_stats(const Args& a, int64_t row, double max, double log_sum, double mass, double loss) {
+  // A row's results; `nothing` in all of them where it has none.
+  static void write_row(const Args& a, int64_t row, double max, double log_sum, double mass, double loss) {
     A* stats = static_cast<A*>(a.stats) + row;
     stats[0] = A(max);
     stats[a.rows.count] = A(log_sum);
     stats[2 * a.rows.count] = A(mass);
-    static_cast<A*>(a.loss)[row] = A(loss);
+    if (!kFull || a.loss) static_cast<A*>(a.loss)[row] = A(loss);
+  }
+  static void write_nothing(const Args& a, int64_t row, double nothing) {
+    write_row(a, row, nothing, nothing, nothing, nothing);
+    if constexpr (kFull) write_more(a, row, nothing, nothing, nothing, nothing, nothing, 0);
+  }
+  static void write_more(const Args& a, int64_t row, double heat, double spread, double entropy, double logsumexp,
+                         double collision, int64_t argmax) {
+    A* stats = static_cast<A*>(a.stats) + row;
+    stats[3 * a.rows.count] = A(heat);
+    stats[4 * a.rows.count] = A(spread);
+    const auto put = [&](void* out, double value) {
+      if (out) static_cast<A*>(out)[row] = A(value);
+    };
+    put(a.entropy, entropy), put(a.logsumexp, logsumexp), put(a.collision, collision);
+    if (a.argmax) a.argmax[row] = argmax;
+  }
+
+  static A load_logit(const Args& a, int64_t row, int64_t c) {
+    return transformed_one(a, load_one<A>(a.logits, offset_of(a.rows, a.logits, row) + c * a.logits.class_stride));
+  }
+  // The first NaN, or the first of the largest.
+  static int64_t first_maximal(const Args& a, int64_t row) {
+    int64_t best = 0;
+    A most = load_logit(a, row, 0);
+    for (int64_t c = 1; c < a.classes && most == most; c++) {
+      const A x = load_logit(a, row, c);
+      if (!(x <= most)) best = c, most = x;
+    }
+    return best;
   }
 
   static void finish(const Args& a, int64_t row, int64_t y, const RowState& s) {
@@ -210,18 +290,44 @@ struct CrossEntropy {
     double kept = 0, x_y = 0;
     if (y >= 0) {
       kept = (1 - a.label_smoothing) * class_weight(a, y);
-      x_y = load_one<A>(a.logits, offset_of(a.rows, a.logits, row) + y * a.logits.class_stride);
+      x_y = load_logit(a, row, y);
     }
-    write_stats(a, row, s.max, log_sum, kept + s.mass,
-                row_loss(kept, x_y, TargetGaps<double>{s.gaps, s.mass}, s.max, log_sum));
+    write_row(a, row, s.max, log_sum, kept + s.mass,
+              row_loss(kept, x_y, TargetGaps<double>{s.gaps, s.mass}, s.max, log_sum));
+    if constexpr (kFull) {
+      Moments<double> m;
+      m.max = s.max, m.rest = s.rest, m.heat = s.heat, m.square = s.square;
+      const double infinity = std::numeric_limits<double>::infinity();
+      if (log_sum == -infinity) {  // nothing but -inf
+        if (a.skip_masked_rows) return write_masked(a, row);
+        const double nan = std::numeric_limits<double>::quiet_NaN();
+        return write_more(a, row, nan, nan, nan, -infinity, nan, 0);
+      }
+      const bool plain = log_sum == log_sum && s.max > lowest<A>();  // else the search passed over something
+      write_more(a, row, m.mean_heat(), m.spread(), log_sum + m.mean_heat(), s.max + log_sum, m.collision(),
+                 plain       ? s.argmax
+                 : !a.argmax ? 0
+                             : first_maximal(a, row));
+    }
+  }
+  // No loss, and a gradient of 0: known by its log_sum.
+  static void write_masked(const Args& a, int64_t row) {
+    write_nothing(a, row, 0);
+    static_cast<A*>(a.stats)[a.rows.count + row] = -std::numeric_limits<A>::infinity();
+  }
+  static bool masked(const Args& a, int64_t row) {
+    if constexpr (kFull) {
+      const A log_sum = static_cast<const A*>(a.stats)[a.rows.count + row];
+      return a.skip_masked_rows && log_sum == -std::numeric_limits<A>::infinity();
+    }
+    return false;
   }
 
   // A row without a label has no loss; one with an impossible label is reported, and NaN.
   static bool skip(const Args& a, int64_t row, int64_t y) {
-    if (a.probabilities.data || y >= 0) return false;
-    const double nan = std::numeric_limits<double>::quiet_NaN();
+    if (!a.labels || y >= 0) return false;
     if (y == kImpossible) report(a.bad_row, row);
-    y == kImpossible ? write_stats(a, row, nan, nan, nan, nan) : write_stats(a, row, 0, 0, 0, 0);
+    write_nothing(a, row, y == kImpossible ? std::numeric_limits<double>::quiet_NaN() : 0);
     return true;
   }
 
@@ -243,54 +349,94 @@ struct CrossEntropy {
     for (int64_t row = begin; row < end; row++) {
       const int64_t y = label(a, row);
       if (skip(a, row, y)) continue;
-      LogSumExp<double> lse;
+      std::conditional_t<kFull, Moments<double>, LogSumExp<double>> sums, part_sums;
       TargetGaps<double> target;
+      int64_t argmax = 0;
       for (const RowState* s = states + row * parts; s < states + (row + 1) * parts; s++) {
         TargetGaps<double> part{s->gaps, s->mass};
-        const double max = std::max(lse.max, s->max);
-        target.rebase(lse.max, max);
+        const double max = std::max(sums.max, s->max);
+        target.rebase(sums.max, max);
         part.rebase(s->max, max);
         target = {target.gaps + part.gaps, target.mass + part.mass};
-        lse.merge({s->max, s->rest});
+        part_sums.max = s->max, part_sums.rest = s->rest;
+        if constexpr (kFull) {
+          part_sums.heat = s->heat, part_sums.square = s->square;
+          if (s->max > sums.max) argmax = s->argmax;
+        }
+        sums.merge(part_sums);
       }
-      finish(a, row, y, {lse.max, lse.rest, target.gaps, target.mass});
+      RowState whole{sums.max, sums.rest, target.gaps, target.mass};
+      if constexpr (kFull) whole.heat = sums.heat, whole.square = sums.square, whole.argmax = argmax;
+      finish(a, row, y, whole);
     }
   }
 
   // ---- one row at a time: backward
 
+  template <class T>
+  struct More {  // p_j (constant + heat u_j + square (p_j - sum p^2)), the gradient of all statistics but the loss
+    T constant, heat, square, spread;
+
+    T slope(const Args& a, T x, T max, T log_sum) const {
+      T s = constant;
+      if constexpr (kFull) {
+        const T u = gap(x, max), minus_log_p = u + log_sum, p = exp_nonpositive(-minus_log_p);
+        if (a.grad_entropy) s = s + heat * u;
+        if (a.grad_collision) s = s + square * above_collision(p, minus_log_p, spread);
+        return times(p, s);
+      }
+      return s;
+    }
+  };
+  static More<A> more_of(const Args& a, int64_t row) {
+    if constexpr (kFull) {
+      const A* stats = static_cast<const A*>(a.stats) + row;
+      const auto get = [&](const void* grad) { return grad ? static_cast<const A*>(grad)[row] : A(0); };
+      const A heat = get(a.grad_entropy);
+      return {get(a.grad_logsumexp) - heat * stats[3 * a.rows.count], heat, 2 * get(a.grad_collision),
+              stats[4 * a.rows.count]};
+    }
+    return {};
+  }
   struct RowGrad {
     A max, log_sum, mass, g;  // g: the incoming gradient of this row's loss
+    More<A> more;
   };
   static A incoming(const Args& a, int64_t row) {
+    if (kFull && !a.grad_loss) return A(0);
     const A g = static_cast<const A*>(a.grad_loss)[row * a.grad_stride];
     return a.reduction == Reduction::mean ? g / *static_cast<const A*>(a.total_weight) : g;
   }
   static RowGrad row_grad(const Args& a, int64_t row) {
     const A* stats = static_cast<const A*>(a.stats) + row;
-    return {stats[0], stats[a.rows.count], stats[2 * a.rows.count], incoming(a, row)};
+    return {stats[0], stats[a.rows.count], stats[2 * a.rows.count], incoming(a, row), more_of(a, row)};
   }
 
   // The label's slope, from its logit as it was before anything was written (the gradient may overwrite it).
   static A slope_at_label(const Args& a, const RowGrad& r, int64_t y, A x_y) {
     const A w = class_weight(a, y), kept = keep(a) * w;
-    return r.g * label_slope(x_y, r.max, r.log_sum, kept, r.mass - kept, spread(a) * w);
+    const A slope = r.g * label_slope(x_y, r.max, r.log_sum, kept, r.mass - kept, spread(a) * w);
+    return kFull ? slope + r.more.slope(a, x_y, r.max, r.log_sum) : slope;
   }
 
   // The slopes of a block of n classes; that of element `own` (n: none of them) is given.
   template <Target K>
-  static void write_block(A* out, const A* x, int64_t n, const RowGrad& r, const Masses<K>& q, int64_t own, A own_slope,
-                          bool stream) {
+  static void write_block(const Args& a, A* out, const A* x, int64_t n, const RowGrad& r, const Masses<K>& q,
+                          int64_t own, A own_slope, bool stream) {
     if (!(std::abs(r.max) <= std::numeric_limits<A>::max())) {  // an infinite maximum: element by element
       for (int64_t i = 0; i < n; i++) {
-        const A slope = r.g * row_slope(x[i], r.max, r.log_sum, r.mass, K == Target::hard ? A(0) : q.at(i));
+        A slope = r.g * row_slope(x[i], r.max, r.log_sum, r.mass, K == Target::hard ? A(0) : q.at(i));
+        if constexpr (kFull) slope = slope + r.more.slope(a, x[i], r.max, r.log_sum);
         out[i] = i == own ? own_slope : slope;
       }
       return;
     }
     const V max(r.max), log_sum(r.log_sum), scale(r.g * r.mass), g(r.g);
+    const More<V> more{V(r.more.constant), V(r.more.heat), V(r.more.square), V(r.more.spread)};
     const auto slopes = [&](int64_t i, int64_t count) {
-      const V slope = exp_nonpositive((load_vector(x + i, count) - max) - log_sum) * scale;
+      const V x_i = load_vector(x + i, count);
+      V slope = exp_nonpositive((x_i - max) - log_sum) * scale;
+      if constexpr (kFull) slope = slope + more.slope(a, x_i, max, log_sum);
       return K == Target::hard ? slope : slope - g * q.at(i, count);
     };
     const auto put = [&](int64_t i, V slope, int64_t count) {
@@ -319,13 +465,18 @@ struct CrossEntropy {
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c), at = at_out + c * out.class_stride;
       A* slopes = room(out, at, out.class_stride, buffer.out);
-      if (K != Target::soft && y < 0) {
-        std::fill_n(slopes, n, y == kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN());
+      if ((a.labels && y < 0) || masked(a, row)) {
+        std::fill_n(slopes, n, y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0));
       } else {
-        const A* x = load(a.logits, at_x + c * stride, stride, n, buffer.x);
+        const A* x = transformed(a, load(a.logits, at_x + c * stride, stride, n, buffer.x), n, buffer.x, buffer.slope);
         const int64_t own = y >= c && y < c + n ? y - c : n;
-        write_block(slopes, x, n, r, masses<K>(a, at_t, c, n, buffer.t), own,
-                    own < n ? slope_at_label(a, r, y, x[own]) : A(0), stream && slopes != buffer.out);
+        write_block(a, slopes, x, n, r, masses<K>(a, at_t, c, n, buffer.t), own,
+                    own < n ? slope_at_label(a, r, y, x[own]) : A(0), stream && slopes != buffer.out && !transforms(a));
+        if (transforms(a)) {
+          each_vector<A>(n, [&](int64_t i, int64_t count) {
+            store_vector(slopes + i, load_vector(slopes + i, count) * load_vector(buffer.slope + i, count), count);
+          });
+        }
       }
       store(out, at, out.class_stride, n, slopes);
     }
@@ -394,6 +545,12 @@ struct CrossEntropy {
     alignas(64) A max[kMaxPixels], rest[kMaxPixels], gaps[kMaxPixels], mass[kMaxPixels];  // of this group
     alignas(64) A group_max[kMaxPixels];                                                  // as this group began
     Long all_rest, all_gaps, all_mass;
+    struct Full {
+      A heat[kMaxPixels], square[kMaxPixels], argmax[kMaxPixels];
+      Long all_heat, all_square;
+    };
+    struct Nothing {};
+    [[no_unique_address]] std::conditional_t<kFull, Full, Nothing> full;
 
     void reset(int64_t lanes, bool dense) {
       const auto clear = [&](Long& s) { std::fill_n(s.sum, lanes, A(0)), std::fill_n(s.lost, lanes, A(0)); };
@@ -401,13 +558,26 @@ struct CrossEntropy {
       std::fill_n(rest, lanes, A(-1));
       clear(all_rest);
       if (dense) std::fill_n(gaps, lanes, A(0)), std::fill_n(mass, lanes, A(0)), clear(all_gaps), clear(all_mass);
+      if constexpr (kFull) {
+        std::fill_n(full.heat, lanes, A(0)), std::fill_n(full.square, lanes, A(-1)),
+            std::fill_n(full.argmax, lanes, A(0));
+        clear(full.all_heat), clear(full.all_square);
+      }
     }
     void end_group(int64_t lanes, bool dense) {
       const V zero(A(0));
       for (int64_t i = 0; i < lanes; i += kLanes) {
         const V rise = gap(V::loadu(group_max + i), V::loadu(max + i));
         LongSum<V> s = all_rest.at(i);
-        s.scale(exp_nonpositive(-rise));
+        const V z = exp_nonpositive(-rise);
+        if constexpr (kFull) {
+          LongSum<V> h = full.all_heat.at(i), q = full.all_square.at(i);
+          h.scale(z), h.add(times(z, times(s.value(), rise))), h.add(V::loadu(full.heat + i));
+          q.scale(z * z), q.add(V::loadu(full.square + i));
+          full.all_heat.put(i, h), full.all_square.put(i, q);
+          zero.store(full.heat + i), zero.store(full.square + i);
+        }
+        s.scale(z);
         s.add(V::loadu(rest + i));
         all_rest.put(i, s);
         zero.store(rest + i);  // the maximal element's own term has been left out for good
@@ -428,7 +598,17 @@ struct CrossEntropy {
     Sums sums;
     alignas(64) A x[kMaxPixels], t[kMaxPixels], out[kMaxPixels], x_y[kMaxPixels], w_y[kMaxPixels];
     alignas(64) A g[kMaxPixels], y[kMaxPixels];
+    struct Full {
+      A slope[kMaxPixels], constant[kMaxPixels], heat[kMaxPixels], square[kMaxPixels], spread[kMaxPixels];
+    };
+    [[no_unique_address]] std::conditional_t<kFull, Full, typename Sums::Nothing> full;
+    A* slope() {
+      if constexpr (kFull) return full.slope;
+      return nullptr;
+    }
   };
+
+  static double one_of(const typename Sums::Long& s, int64_t i) { return LongSum<A>{s.sum[i], s.lost[i]}.value(); }
 
   template <Target K>
   static void forward_block(const Args& a, PixelBuffers& buffer, int64_t task) {
@@ -443,6 +623,7 @@ struct CrossEntropy {
     const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
       const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer.x);
+      x = transformed(a, x, b.n, buffer.x);
       const A* t = nullptr;
       if constexpr (K == Target::soft) {
         t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, buffer.t);
@@ -452,9 +633,15 @@ struct CrossEntropy {
       each_vector<A>(b.n, [&](int64_t i, int64_t count) {
         __builtin_prefetch(next + i * step);
         const V x_i = load_vector(x + i, count);
-        LogSumExp<V> s{V::loadu(sums.max + i), V::loadu(sums.rest + i)};
+        std::conditional_t<kFull, Moments<V>, LogSumExp<V>> s;
+        s.max = V::loadu(sums.max + i), s.rest = V::loadu(sums.rest + i);
         const V old_max = s.max;
+        if constexpr (kFull) {
+          s.heat = V::loadu(sums.full.heat + i), s.square = V::loadu(sums.full.square + i);
+          select(x_i > old_max, V(A(c)), V::loadu(sums.full.argmax + i)).store(sums.full.argmax + i);
+        }
         s.push(x_i);
+        if constexpr (kFull) s.heat.store(sums.full.heat + i), s.square.store(sums.full.square + i);
         s.max.store(sums.max + i), s.rest.store(sums.rest + i);
         if constexpr (dense) {
           V q = spread_v;
@@ -468,6 +655,17 @@ struct CrossEntropy {
       if (c % Sums::kGroup == Sums::kGroup - 1) sums.end_group(b.lanes, dense);
     }
     if (a.classes % Sums::kGroup) sums.end_group(b.lanes, dense);
+    if constexpr (kFull) {
+      for (int64_t i = 0; i < b.n; i++) {
+        if (skip(a, b.first + i, b.y[i])) continue;
+        RowState s{sums.max[i], one_of(sums.all_rest, i)};
+        if (dense) s.gaps = one_of(sums.all_gaps, i), s.mass = one_of(sums.all_mass, i);
+        s.heat = one_of(sums.full.all_heat, i), s.square = one_of(sums.full.all_square, i);
+        s.argmax = int64_t(sums.full.argmax[i]);
+        finish(a, b.first + i, b.y[i], s);
+      }
+      return;
+    }
     gather_labels(a, b, x_y, w_y);  // now, while the block is in cache
 
     A* out = static_cast<A*>(a.stats) + b.first;
@@ -496,11 +694,20 @@ struct CrossEntropy {
     std::fill_n(g, b.lanes, incoming(a, b.first));
     for (int64_t i = 0; i < b.n && a.grad_stride; i++) g[i] = incoming(a, b.first + i);
     for (int64_t i = 0; i < b.lanes; i++) y[i] = i < b.n ? A(b.y[i]) : A(kIgnored);
+    if constexpr (kFull) {
+      for (int64_t i = 0; i < b.n; i++) {
+        const More<A> m = more_of(a, b.first + i);
+        y[i] = masked(a, b.first + i) ? A(kIgnored) : a.labels ? y[i] : A(kUnlabelled);
+        buffer.full.constant[i] = m.constant, buffer.full.heat[i] = m.heat;
+        buffer.full.square[i] = m.square, buffer.full.spread[i] = m.spread;
+      }
+    }
     const V keep_v(keep(a)), spread_v(spread(a));
     const int64_t step = b.x_stride * size_of(a.logits.dtype);
     for (int64_t c = 0; c < a.classes; c++) {
       const int64_t at = b.at_out + c * out.class_stride;
       const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer.x);
+      x = transformed(a, x, b.n, buffer.x, buffer.slope());
       const A* t = nullptr;
       if constexpr (K == Target::soft) {
         t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, buffer.t);
@@ -525,7 +732,14 @@ struct CrossEntropy {
           }
         }
         slope = slope * V::loadu(g + i);
-        if constexpr (K != Target::soft) slope = select(y_i == V(A(kIgnored)), V(A(0)), slope);
+        if constexpr (kFull) {
+          const auto& f = buffer.full;
+          const More<V> more{V::loadu(f.constant + i), V::loadu(f.heat + i), V::loadu(f.square + i),
+                             V::loadu(f.spread + i)};
+          slope = slope + more.slope(a, x_i, max_i, log_sum_i);
+          if (transforms(a)) slope = slope * V::loadu(f.slope + i);
+        }
+        if constexpr (K != Target::soft || kFull) slope = select(y_i == V(A(kIgnored)), V(A(0)), slope);
         store_vector(slopes + i, slope, count);
       });
       store(out, at, b.out_stride, b.n, slopes);
@@ -537,7 +751,7 @@ struct CrossEntropy {
   // first.
   static bool short_rows(const Args& a) {
     const auto plain = [](const Operand& t) { return t.dtype == dtype_of<A> && t.class_stride == 1; };
-    return a.classes >= kLanes && !a.probabilities.data && plain(a.logits) && plain(a.grad_logits);
+    return !kFull && a.classes >= kLanes && !a.probabilities.data && plain(a.logits) && plain(a.grad_logits);
   }
   template <Target K>
   static void backward_short_rows(const Args& a, PixelBuffers& buffer, int64_t task) {
@@ -623,8 +837,8 @@ struct CrossEntropy {
     *static_cast<A*>(a.reduced) = A(a.reduction == Reduction::mean ? loss / weight : loss);
   }
 
-  static constexpr CrossEntropyKernels<A> kernels = {forward_rows,    finish_rows, backward_rows, forward_pixels,
-                                                     backward_pixels, reduce,      total};
+  static constexpr RowKernels<Args> kernels = {forward_rows,    finish_rows, backward_rows, forward_pixels,
+                                               backward_pixels, reduce,      total};
 };
 
 }  // namespace

@@ -4,8 +4,13 @@
 #include "binary_cross_entropy.inl"
 #include "cross_entropy.inl"
 
-#define CECE_KERNELS(NAME, ISA)                                                                       \
-  namespace cece::cpu {                                                                               \
-  const Kernels NAME = {ISA, CrossEntropy<float>::kernels, CrossEntropy<double>::kernels,             \
-                        BinaryCrossEntropyOf<float>::kernels, BinaryCrossEntropyOf<double>::kernels}; \
+#define CECE_KERNELS(NAME, ISA)                                             \
+  namespace cece::cpu {                                                     \
+  const Kernels NAME = {ISA,                                                \
+                        CrossEntropy<float, CrossEntropyArgs>::kernels,     \
+                        CrossEntropy<double, CrossEntropyArgs>::kernels,    \
+                        CrossEntropy<float, TokenStatisticsArgs>::kernels,  \
+                        CrossEntropy<double, TokenStatisticsArgs>::kernels, \
+                        BinaryCrossEntropyOf<float>::kernels,               \
+                        BinaryCrossEntropyOf<double>::kernels};             \
   }

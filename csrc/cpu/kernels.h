@@ -7,6 +7,8 @@ namespace cece::cpu {
 // Forward of cross-entropy before a row is finished; a long row is split and its parts merged in order.
 struct RowState {
   double max, rest, gaps, mass;
+  double heat = 0, square = 0;  // of all statistics only, as is
+  int64_t argmax = 0;
 };
 
 // Work is cut the same way whatever the number of threads, so that results are bit-identical for any.
@@ -15,7 +17,7 @@ constexpr int64_t kChunk = 1 << 14;    // elements of an elementwise loss, or ro
 
 // What one thread works in beside its stack, which may be as small as 128 KiB. Kernels lay it out as they need it.
 struct alignas(64) Scratch {
-  char bytes[160 << 10];
+  char bytes[288 << 10];
 };
 
 inline int64_t segments(const CrossEntropyArgs& a) { return (a.classes + kSegment - 1) / kSegment; }
@@ -36,18 +38,18 @@ inline int64_t pixels_per_task(const CrossEntropyArgs& a) {
   return contiguous ? kMaxPixels : 128;
 }
 
-template <class A>
-struct CrossEntropyKernels {
+template <class Args>
+struct RowKernels {
   // tasks: (row, segment) pairs, row-major; states: one a task, null when a row is one segment
-  void (*forward_rows)(const CrossEntropyArgs&, Scratch&, RowState* states, int64_t begin, int64_t end);
-  void (*finish_rows)(const CrossEntropyArgs&, const RowState* states, int64_t begin, int64_t end);
-  void (*backward_rows)(const CrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
+  void (*forward_rows)(const Args&, Scratch&, RowState* states, int64_t begin, int64_t end);
+  void (*finish_rows)(const Args&, const RowState* states, int64_t begin, int64_t end);
+  void (*backward_rows)(const Args&, Scratch&, int64_t begin, int64_t end);
   // tasks: blocks of pixels_per_task rows along the last dimension
-  void (*forward_pixels)(const CrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
-  void (*backward_pixels)(const CrossEntropyArgs&, Scratch&, int64_t begin, int64_t end);
+  void (*forward_pixels)(const Args&, Scratch&, int64_t begin, int64_t end);
+  void (*backward_pixels)(const Args&, Scratch&, int64_t begin, int64_t end);
   // tasks: chunks of kChunk rows; sums: their (loss, weight) pairs. total: all of them
-  void (*reduce)(const CrossEntropyArgs&, double* sums, int64_t begin, int64_t end);
-  void (*total)(const CrossEntropyArgs&, const double* sums, int64_t chunks);
+  void (*reduce)(const Args&, double* sums, int64_t begin, int64_t end);
+  void (*total)(const Args&, const double* sums, int64_t chunks);
 };
 
 template <class A>
@@ -58,8 +60,8 @@ struct BinaryCrossEntropyKernels {  // tasks: chunks of kChunk elements
 
 struct Kernels {
   const char* isa;  // as at::get_cpu_capability() names it
-  CrossEntropyKernels<float> cross_entropy_f32;
-  CrossEntropyKernels<double> cross_entropy_f64;
+  RowKernels<CrossEntropyArgs> cross_entropy_f32, cross_entropy_f64;
+  RowKernels<TokenStatisticsArgs> token_statistics_f32, token_statistics_f64;
   BinaryCrossEntropyKernels<float> binary_cross_entropy_f32;
   BinaryCrossEntropyKernels<double> binary_cross_entropy_f64;
 };

@@ -84,10 +84,10 @@ Tensor empty_gradient(const Tensor& like) {
 }
 
 template <class F>
-void visit_acc(at::ScalarType acc, F&& f) {  // f(kernels of cross-entropy, kernels of binary cross-entropy)
+void visit_acc(at::ScalarType acc, F&& f) {  // f(kernels of cross-entropy, of token statistics, of the binary losses)
   const Kernels& k = kernels();
-  acc == at::kDouble ? f(k.cross_entropy_f64, k.binary_cross_entropy_f64)
-                     : f(k.cross_entropy_f32, k.binary_cross_entropy_f32);
+  acc == at::kDouble ? f(k.cross_entropy_f64, k.token_statistics_f64, k.binary_cross_entropy_f64)
+                     : f(k.cross_entropy_f32, k.token_statistics_f32, k.binary_cross_entropy_f32);
 }
 
 // ---- cross-entropy
@@ -95,6 +95,29 @@ void visit_acc(at::ScalarType acc, F&& f) {  // f(kernels of cross-entropy, kern
 int64_t pixel_tasks(const CrossEntropyArgs& a) {
   const int64_t inner = a.rows.dims ? a.rows.size[a.rows.dims - 1] : 1;
   return inner ? a.rows.count / inner * ceil_div(inner, pixels_per_task(a)) : 0;
+}
+
+// Every row's statistics and loss.
+template <class Args>
+void forward_rows(const RowKernels<Args>& k, const Args& a) {
+  if (side_by_side(a)) {
+    return parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
+                    [&](int64_t b, int64_t e) { k.forward_pixels(a, scratch(), b, e); });
+  }
+  const int64_t parts = segments(a), cost = std::min(a.classes, kSegment);
+  std::vector<RowState> states(parts > 1 ? a.rows.count * parts : 0);
+  RowState* const s = parts > 1 ? states.data() : nullptr;
+  parallel(a.rows.count * parts, grain(cost), [&](int64_t b, int64_t e) { k.forward_rows(a, scratch(), s, b, e); });
+  if (s) k.finish_rows(a, s, 0, a.rows.count);
+}
+template <class Args>
+void backward_rows(const RowKernels<Args>& k, const Args& a) {
+  if (side_by_side(a)) {
+    return parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
+                    [&](int64_t b, int64_t e) { k.backward_pixels(a, scratch(), b, e); });
+  }
+  parallel(a.rows.count * segments(a), grain(std::min(a.classes, kSegment)),
+           [&](int64_t b, int64_t e) { k.backward_rows(a, scratch(), b, e); });
 }
 
 void raise_bad_label(const CrossEntropyCall& call, int64_t row) {
@@ -113,17 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
   CrossEntropyOutputs out = allocate_outputs(call);
   int64_t bad_row = a.rows.count;
   a.bad_row = &bad_row;
-  visit_acc(call.shapes.acc, [&](const auto& k, const auto&) {
-    if (side_by_side(a)) {
-      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
-               [&](int64_t b, int64_t e) { k.forward_pixels(a, scratch(), b, e); });
-    } else {
-      const int64_t parts = segments(a), cost = std::min(a.classes, kSegment);
-      std::vector<RowState> states(parts > 1 ? a.rows.count * parts : 0);
-      RowState* const s = parts > 1 ? states.data() : nullptr;
-      parallel(a.rows.count * parts, grain(cost), [&](int64_t b, int64_t e) { k.forward_rows(a, scratch(), s, b, e); });
-      if (s) k.finish_rows(a, s, 0, a.rows.count);
-    }
+  visit_acc(call.shapes.acc, [&](const auto& k, const auto&, const auto&) {
+    forward_rows(k, a);
     if (bad_row < a.rows.count) raise_bad_label(call, bad_row);
     if (a.reduction != Reduction::none) {
       const int64_t chunks = ceil_div(a.rows.count, kChunk);
@@ -142,15 +156,7 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
       check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
   const auto held = check_saved(call, grad, stats, total_weight);
   const CrossEntropyArgs& a = call.args;
-  visit_acc(call.shapes.acc, [&](const auto& k, const auto&) {
-    if (side_by_side(a)) {
-      parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
-               [&](int64_t b, int64_t e) { k.backward_pixels(a, scratch(), b, e); });
-    } else {
-      parallel(a.rows.count * segments(a), grain(std::min(a.classes, kSegment)),
-               [&](int64_t b, int64_t e) { k.backward_rows(a, scratch(), b, e); });
-    }
-  });
+  visit_acc(call.shapes.acc, [&](const auto& k, const auto&, const auto&) { backward_rows(k, a); });
   deliver(call.grad_logits, grad_logits);
 }
 
@@ -167,6 +173,51 @@ void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Ten
                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                              double label_smoothing) {
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
+}
+
+// ---- all statistics of a row
+
+TokenOutputs token_statistics_forward(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
+                                      int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
+                                      bool skip_masked_rows, int64_t wanted) {
+  TokenStatisticsCall call = check_token_statistics(
+      logits, target, weight, {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows});
+  TokenStatisticsArgs& a = call.args;
+  const TokenOutputs out = allocate_token_outputs(call.rows.shapes, logits, wanted);
+  point_at(a, out);
+  int64_t bad_row = a.rows.count;
+  a.bad_row = &bad_row;
+  visit_acc(call.rows.shapes.acc, [&](const auto&, const auto& k, const auto&) { forward_rows(k, a); });
+  if (bad_row < a.rows.count) raise_bad_label(call.rows, bad_row);
+  return out;
+}
+
+void write_token_gradient(const TokenGrads& grads, const Tensor& logits, const MaybeTensor& target,
+                          const MaybeTensor& weight, const Tensor& stats, const TokenOptions& o,
+                          const Tensor& grad_logits) {
+  TokenStatisticsCall call = check_token_statistics(logits, target, weight, o, &grad_logits);
+  point_at(call, target, grads, stats);
+  visit_acc(call.rows.shapes.acc, [&](const auto&, const auto& k, const auto&) { backward_rows(k, call.args); });
+  deliver(call.rows.grad_logits, grad_logits);
+}
+
+Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g_entropy,
+                                 const MaybeTensor& g_logsumexp, const MaybeTensor& g_collision, const Tensor& logits,
+                                 const MaybeTensor& target, const MaybeTensor& weight, const Tensor& stats,
+                                 int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
+                                 bool skip_masked_rows) {
+  Tensor grad_logits = empty_gradient(logits);
+  write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, grad_logits);
+  return grad_logits;
+}
+
+void token_statistics_backward_(const MaybeTensor& g_loss, const MaybeTensor& g_entropy, const MaybeTensor& g_logsumexp,
+                                const MaybeTensor& g_collision, const Tensor& logits, const MaybeTensor& target,
+                                const MaybeTensor& weight, const Tensor& stats, int64_t ignore_index,
+                                double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows) {
+  write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, logits);
 }
 
 // ---- binary cross-entropy
@@ -186,7 +237,7 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
   }
   int64_t bad = a.shape.count;
   a.bad = &bad;
-  visit_acc(call.acc, [&](const auto&, const auto& k) {
+  visit_acc(call.acc, [&](const auto&, const auto&, const auto& k) {
     parallel(chunks, 1, [&](int64_t b, int64_t e) { k.forward(a, scratch(), b, e); });
   });
   if (bad < a.shape.count) {
@@ -217,7 +268,7 @@ Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, co
   BinaryCrossEntropyCall call =
       check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction, &grad, &grad_input);
   const BinaryCrossEntropyArgs& a = call.args;
-  visit_acc(call.acc, [&](const auto&, const auto& k) {
+  visit_acc(call.acc, [&](const auto&, const auto&, const auto& k) {
     parallel(ceil_div(a.shape.count, kChunk), 1, [&](int64_t b, int64_t e) { k.backward(a, scratch(), b, e); });
   });
   deliver(call.held[5], grad_input);
@@ -243,6 +294,9 @@ TORCH_LIBRARY_IMPL(cece, CPU, m) {
   m.impl("cross_entropy_forward", cross_entropy_forward);
   m.impl("cross_entropy_backward", cross_entropy_backward);
   m.impl("cross_entropy_backward_", cross_entropy_backward_);
+  m.impl("token_statistics_forward", token_statistics_forward);
+  m.impl("token_statistics_backward", token_statistics_backward);
+  m.impl("token_statistics_backward_", token_statistics_backward_);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
 }

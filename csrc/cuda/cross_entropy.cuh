@@ -25,6 +25,9 @@ constexpr int kResident = kDtype<S> == Dtype::f64                        ? 1
                           : K == Target::hard && kDtype<S> != Dtype::f16 ? 4
                                                                          : kMinBlocks;
 
+template <class S, Target K>  // of rows in packs that straddle those of the logits, which are held twice
+constexpr int kShiftedResident = kDtype<S> == Dtype::f64 || K == Target::weighted ? 2 : kMinBlocks;
+
 template <class S, Target K>  // fewer than with rows, for the eight addresses
 constexpr int kPixelResident = kResident<S, K> < kMinBlocks ? kResident<S, K> : kMinBlocks;
 
@@ -116,13 +119,32 @@ struct RowState {
     target = {target.gaps + part.gaps, target.mass + part.mass};
     lse.merge(o.lse);
   }
+  // As LogSumExp::share: summed over many states they make one, with that maximum.
+  __device__ __forceinline__ Shares<A, 3> shares(A max, bool leads) const {
+    TargetGaps<A> part = target;
+    part.rebase(lse.max, max);
+    return {{lse.share(max, leads), part.gaps, part.mass}};
+  }
+  static __device__ __forceinline__ RowState of(A max, const Shares<A, 3>& s) {
+    return {{max, s.v[0]}, {s.v[1], s.v[2]}};
+  }
 };
 template <class A>
 struct RowState<Target::hard, A> {
   LogSumExp<A> lse;
   static constexpr TargetGaps<A> target{};
   __device__ __forceinline__ void merge(const RowState& o) { lse.merge(o.lse); }
+  __device__ __forceinline__ Shares<A, 1> shares(A max, bool leads) const { return {{lse.share(max, leads)}}; }
+  static __device__ __forceinline__ RowState of(A max, const Shares<A, 1>& s) { return {{max, s.v[0]}}; }
 };
+
+// Rows are merged in lanes by their maximum first: then each is moved to it once, and what follows are plain sums. Of
+// the 22 instructions that a merge of two takes, 5 are left a step.
+template <Target K, class A>
+__device__ __forceinline__ RowState<K, A> merge_lanes(const RowState<K, A>& s, int lanes) {
+  const A max = merge_lanes(Greatest<A>{s.lse.max}, lanes).v;
+  return RowState<K, A>::of(max, merge_lanes(s.shares(max, first_of_lanes(s.lse.max == max, lanes)), lanes));
+}
 
 // A row as one thread reads it, V groups of N classes at a time: logits x, -inf in a group that is not `inside`, masses
 // q. Up to a thousand terms of masses and gaps: a plain sum of equal ones would drift.
@@ -413,8 +435,11 @@ __device__ __forceinline__ A unused_slope(int64_t y) {
 }
 
 // As forward_rows. Every element is read and written by the same thread, so the gradient may overwrite the logits.
-template <class S, Target K>
-__global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
+// kShifted: for rows of logits and gradient that lie otherwise to 16 bytes, as those of a padded vocabulary and a dense
+// gradient do. Packs are then the gradient's, each loaded as the two of the logits that it lies in: the second is in
+// the L1, because the next thread loads it too.
+template <class S, Target K, bool kShifted>
+__global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K> : kResident<S, K>)
     backward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread) {
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize, U = kPacks / 2;  // read and written: as many bytes in flight
@@ -426,11 +451,12 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
   const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
   const S* const x = static_cast<const S*>(a.logits.data) + at_x;
   S* const out = static_cast<S*>(a.grad_logits.data) + at_out;
-  Cut<S> cut(packs_with<S>(x, a.logits, at_x) && a.grad_logits.class_stride == 1 && a.grad_logits.dtype == kDtype<S>, x,
-             end - begin);
+  Cut<S> cut(packs_with<S>(x, a.logits, at_x) && a.grad_logits.class_stride == 1 && a.grad_logits.dtype == kDtype<S>,
+             kShifted ? out : x, end - begin);
   if (kSoft<K> && !probabilities_in_runs<S, N>(a, at_t + cut.head)) cut = Cut<S>(false, x, end - begin);
+  const int into = kShifted ? cut.straddle(x) : 0;
 
-  const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head);
+  const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head - into);
   RawLabel raw_y = load_label<K>(a, row);
   RowGrad<A> r = load_row_grad<A>(a, row);
   int64_t y = kIgnored;
@@ -442,7 +468,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
   bool label_here = false;  // whether this thread has met the label, and its logit
   A x_y = A(0);
   for (int64_t p = lane; p < cut.packs; p += U * lanes) {
-    Pack<S> raw[U];
+    Pack<S> raw[U], behind[U];
     int64_t at[U];
     bool reads[U];
 #pragma unroll
@@ -450,6 +476,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
       const int64_t i = p + u * lanes;
       reads[u] = i < cut.packs && spread.reads(has_loss), at[u] = at_t + cut.head + i * N;
       if (reads[u]) raw[u] = load_pack<S>(packs + i);
+      if (reads[u] && kShifted) behind[u] = load_pack<S>(packs + i + 1);
     }
     A p_k[U][N];
     load_probabilities<S, K>(a, at, reads, p_k);
@@ -460,7 +487,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
       if (i >= cut.packs) break;
       Pack<S> grad;
       A logit[N];
-      widen_run(raw[u], logit);
+      widen_run(kShifted ? straddling(raw[u], behind[u], into) : raw[u], logit);
       if (has_loss) {
 #pragma unroll
         for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, logit[k], p_k[u][k], c + k));
@@ -473,7 +500,11 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
 #pragma unroll
         for (int k = 0; k < N; k++) x_y = y == c + k ? logit[k] : x_y;
       }
-      store_run(out + cut.head + i * N, grad);
+      if constexpr (kSoft<K>) {
+        store_run(out + cut.head + i * N, grad);
+      } else {
+        store_pack(reinterpret_cast<uint4*>(out + cut.head) + i, grad);
+      }
     }
   }
   if (lane >= cut.packs) started();
@@ -665,13 +696,13 @@ struct CrossEntropy {
     int64_t blocks;
     int sums;
   };
-  static Plan plan(const Args& a, const Device& d) {
+  static Plan plan(const Args& a, const Device& d, int64_t blocks = kForwardBlocks) {
     Plan p{};
     const int64_t bytes = a.classes * int64_t(sizeof(S));
     p.pixels = pixels_across_threads(a);
     p.slices = pixel_slices(a.rows.count, a.classes, d.multiprocessors);
     p.row = row_launch(bytes);
-    p.parts = p.pixels ? 1 : row_parts(a.rows.count, bytes, d.multiprocessors);
+    p.parts = p.pixels ? 1 : row_parts(a.rows.count, bytes, blocks * d.multiprocessors);
     p.clusters = d.clusters && p.parts > 1 && p.parts <= kMaxCluster;
     p.spread = {p.row.lanes, 0, (a.classes + p.parts - 1) / p.parts};
     while (1 << p.spread.shift < p.row.lanes) p.spread.shift++;
@@ -687,6 +718,18 @@ struct CrossEntropy {
   static int64_t forward_scratch(const Args& a, const Device& d) {
     const Plan p = plan(a, d);
     return state_bytes(a, p) + (p.sums > 1 ? p.sums * int64_t(sizeof(Sums)) : 0);
+  }
+
+  // Whether logits and gradient could both be taken in packs, but not in the same ones.
+  static bool shifted(const Args& a) {
+    const auto packed = [](const Operand& t) { return t.dtype == kDtype<S> && t.class_stride == 1; };
+    if (!packed(a.logits) || !packed(a.grad_logits)) return false;
+    const auto first = [](const Operand& t) { return reinterpret_cast<uintptr_t>(t.data); };
+    bool same = (first(a.logits) - first(a.grad_logits)) % 16 == 0;
+    for (int d = 0; d < a.rows.dims; d++) {
+      same &= (a.logits.stride[d] - a.grad_logits.stride[d]) * int64_t(sizeof(S)) % 16 == 0;
+    }
+    return !same;
   }
 
   template <Target K>
@@ -720,7 +763,7 @@ struct CrossEntropy {
 
   static void backward(const Args& a, const Device& d) {
     const auto stream = static_cast<cudaStream_t>(d.stream);
-    const Plan p = plan(a, d);
+    const Plan p = plan(a, d, kBackwardBlocks);
     if (a.rows.count == 0 || a.classes == 0) return;
     visit_target(a, [&](auto kind) {
       constexpr Target K = decltype(kind)::value;
@@ -728,7 +771,10 @@ struct CrossEntropy {
         return launch(backward_pixels<S, K>, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
       }
       const dim3 grid(unsigned(p.blocks), unsigned(p.parts));
-      launch(backward_rows<S, K>, grid, p.row.threads, stream, 1, a, p.spread);
+      if constexpr (!kSoft<K>) {
+        if (shifted(a)) return launch(backward_rows<S, K, true>, grid, p.row.threads, stream, 1, a, p.spread);
+      }
+      launch(backward_rows<S, K, false>, grid, p.row.threads, stream, 1, a, p.spread);
     });
   }
 

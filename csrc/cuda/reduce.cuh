@@ -31,9 +31,34 @@ __device__ __forceinline__ State shuffle_xor(const State& s, int distance) {
 
 template <class State>
 __device__ __forceinline__ State merge_lanes(State s, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) s.merge(shuffle_xor(s, distance));
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    if (distance < lanes) s.merge(shuffle_xor(s, distance));
+  }
   return s;
 }
+
+// Whether this thread is the first of its `lanes` neighbours of which `is` holds.
+__device__ __forceinline__ bool first_of_lanes(bool is, int lanes) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t before = __ballot_sync(0xffffffffu, is) & ((1u << lane) - 1);
+  return is && before >> (lane & -lanes) == 0;
+}
+
+// N numbers that are added up, and one of which the greatest goes on.
+template <class A, int N>
+struct Shares {
+  A v[N];
+  __device__ __forceinline__ void merge(const Shares& o) {
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] += o.v[i];
+  }
+};
+template <class A>
+struct Greatest {
+  A v;
+  __device__ __forceinline__ void merge(const Greatest& o) { v = greatest(o.v, v); }
+};
 
 // The states of `lanes` neighbouring threads merged, lanes a power of two; its first thread has the result. More than
 // 32 lanes are the whole block. To be called by all threads of the block, once in a kernel.
@@ -45,7 +70,7 @@ __device__ __forceinline__ State merge_group(State s, int lanes) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane == 0) of_warp[warp].put(s);
   __syncthreads();
-  return merge_lanes(lane < lanes / 32 ? of_warp[lane].get() : State(), 32);
+  return merge_lanes(lane < lanes / 32 ? of_warp[lane].get() : State(), lanes / 32);
 }
 
 // The same over the blocks of a cluster along y, whose first thread each has its block's state: the first of all has

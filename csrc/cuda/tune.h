@@ -48,18 +48,21 @@ inline RowLaunch row_launch(int64_t bytes) {
   return *row;
 }
 
-// Blocks that share a row when there are fewer rows than fill the GPU: kMinBlocks for each multiprocessor, and for
-// every block at least two rounds of its loads. Up to kMaxCluster of them are a cluster where the GPU has
-// clusters (one launch instead of two); 8 is what every such GPU can place.
+// Blocks that share a wide row: as many as make so many blocks for each multiprocessor, every one of at least two
+// rounds of loads. Forward asks for those that run at once, since parts of a row must be merged: up to kMaxCluster of
+// them are a cluster where the GPU has clusters (one launch instead of two); 8 is what every such GPU can place.
+// Backward merges nothing and asks for 8 times what runs at once, so that the last blocks, which leave much of the GPU
+// idle, are few: 600 rows of 128k classes are 1.1 waves of blocks and take as long as 2; cut in 7, 7.9 and 8.
+constexpr int kForwardBlocks = kMinBlocks, kBackwardBlocks = 8 * 4;
 constexpr int64_t kPartBytes = 2 * kMaxThreads * kPacks * 16;
 constexpr int kMaxCluster = 8, kMaxParts = 1024;
 
 // Whether merge_cluster is in the code: what a driver makes of an older card's PTX has none, however new the card.
 inline bool has_clusters(int card_major, int compiled_for) { return card_major >= 9 && compiled_for >= 90; }
 
-inline int row_parts(int64_t rows, int64_t bytes, int multiprocessors) {
+inline int row_parts(int64_t rows, int64_t bytes, int64_t blocks) {
   if (rows == 0 || row_launch(bytes).lanes < kMaxThreads) return 1;
-  const int64_t wanted = kMinBlocks * multiprocessors / rows, useful = bytes / kPartBytes;
+  const int64_t wanted = blocks / rows, useful = bytes / kPartBytes;
   const int64_t parts = wanted < useful ? wanted : useful;
   return int(parts < 1 ? 1 : parts > kMaxParts ? kMaxParts : parts);
 }

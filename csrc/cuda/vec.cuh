@@ -204,6 +204,7 @@ __device__ __forceinline__ Pack<S> load_pack(const uint4* p) {
 // Past the L1 and first to leave the L2: nothing in this kernel reads it again.
 template <class S>
 __device__ __forceinline__ void store_pack(uint4* p, const Pack<S>& pack) {
+  expect_aligned(p, 16);
   __stcs(p, pack.words[0]);
 }
 template <class T, int N>
@@ -291,7 +292,38 @@ struct Cut {
     single = n - packs * Pack<S>::kSize;
   }
   __device__ int64_t at(int64_t i) const { return i < head ? i : i + packs * Pack<S>::kSize; }
+
+  // For a run q of the same length and another alignment: keeps the packs that lie in two aligned ones within q, and
+  // returns how many elements into the first.
+  __device__ int straddle(const S* q) {
+    constexpr int N = Pack<S>::kSize;
+    const int64_t n = packs * N + single;
+    const int into = int(reinterpret_cast<uintptr_t>(q + head) % 16 / sizeof(S));
+    if (into > head) head += N;
+    packs = (n - head + into) / N - 1;
+    if (head > n || packs < 0) head = n, packs = 0;
+    single = n - packs * N;
+    return into;
+  }
 };
+
+// The pack that starts `into` elements into `low` and ends in `high`, the pack behind it: the words by 2, by 1, and by
+// the half of one.
+template <class S>
+__device__ __forceinline__ Pack<S> straddling(const Pack<S>& low, const Pack<S>& high, int into) {
+  const int bytes = into * int(sizeof(S));
+  uint32_t w[8];
+#pragma unroll
+  for (int k = 0; k < 4; k++) w[k] = low.bits[k], w[k + 4] = high.bits[k];
+#pragma unroll
+  for (int k = 0; k < 6; k++) w[k] = bytes & 8 ? w[k + 2] : w[k];
+#pragma unroll
+  for (int k = 0; sizeof(S) < 8 && k < 5; k++) w[k] = bytes & 4 ? w[k + 1] : w[k];
+  Pack<S> pack;
+#pragma unroll
+  for (int k = 0; k < 4; k++) pack.bits[k] = sizeof(S) < 4 ? __funnelshift_r(w[k], w[k + 1], bytes % 4 * 8) : w[k];
+  return pack;
+}
 
 // Whether a run can be read in packs of S that start where those of `p` start.
 template <class S>

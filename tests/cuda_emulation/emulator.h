@@ -605,6 +605,12 @@ T shuffle_xor(uint32_t mask, T value, int distance, const char* file, int line) 
   return value;
 }
 
+inline uint32_t ballot(uint32_t mask, bool is, const char* file, int line) {
+  uint32_t all = uint32_t(is) << self().lane;
+  for (int distance = 1; distance < 32; distance *= 2) all |= shuffle_xor(mask, all, distance, file, line);
+  return all;
+}
+
 }  // namespace emulator
 
 // ---- the device's functions
@@ -629,7 +635,11 @@ inline float perturbed([[maybe_unused]] float x, float y, [[maybe_unused]] int u
 #define blockIdx (::emulator::self().block->index)
 #define blockDim (::emulator::self().block->size)
 #define gridDim (::emulator::self().block->grid)
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t bits) {
+  return uint32_t(((uint64_t(high) << 32) | low) >> (bits % 32));
+}
 #define __syncthreads() ::emulator::barrier(__FILE__, __LINE__)
+#define __ballot_sync(mask, is) ::emulator::ballot(mask, is, __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, distance) ::emulator::shuffle_xor(mask, value, distance, __FILE__, __LINE__)
 namespace cece::cuda {
 inline bool clusters_compiled() { return emulator::config().compiled_for >= 90; }

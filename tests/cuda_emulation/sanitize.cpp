@@ -58,7 +58,9 @@ struct Case {
 void cross_entropy(const Case& t) {
   const size_t size = t.dtype == Dtype::f32 ? 4 : 2, shift = size_t(t.misaligned) * size;
   const int64_t n = t.rows * t.classes;
-  Buffer x(n * size, shift), grad(n * size, shift), q(n * size, shift), labels(t.rows * 8), weight(t.classes * 4);
+  // with labels the gradient is aligned where the logits are not: packs that straddle theirs
+  Buffer x(n * size, shift), grad(n * size, t.soft ? shift : 0), q(n * size, shift), labels(t.rows * 8),
+      weight(t.classes * 4);
   Buffer stats(3 * t.rows * 4), loss(t.rows * 4), reduced(4), total(4), incoming(4);
   const int64_t step = t.pixels ? t.rows : 1, row_step = t.pixels ? 1 : t.classes;
   for (int64_t i = 0; i < n; i++) put(t.dtype, x.data, i, normal()), put(t.dtype, q.data, i, 1.f / float(t.classes));

@@ -1,0 +1,73 @@
+"""Types of the functions' arguments, each with what a caller is told.
+
+The usual type of a number leaves as it is; what torch takes in its place (numpy's numbers, tensors of one number) as
+the usual type, a symbolic number of torch.compile as it is.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INT64 = -(2**63), 2**63 - 1
+
+
+def refuse(loss: str, name: str, wanted: str, value: object) -> TypeError:
+    return TypeError(f"cece.{loss}: {name} must be {wanted}, got {type(value).__name__}")
+
+
+def check_tensors(loss: str, required: dict[str, object], optional: dict[str, object]) -> None:
+    for name, value in required.items():
+        if not isinstance(value, Tensor):
+            raise refuse(loss, name, "a torch.Tensor", value)
+    for name, value in optional.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise refuse(loss, name, "a torch.Tensor or None", value)
+
+
+def as_integer(loss: str, name: str, value: Any) -> int:
+    if type(value) is int and INT64[0] <= value <= INT64[1]:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    dtype = str(getattr(value, "dtype", type(value).__name__))
+    if dtype.endswith("bool") or not hasattr(value, "__index__"):
+        raise refuse(loss, name, "an int", value)
+    try:
+        number = operator.index(value)
+    except TypeError:  # an array or tensor, but not of one integer
+        raise refuse(loss, name, "an int", value) from None
+    if not INT64[0] <= number <= INT64[1]:
+        raise ValueError(f"cece.{loss}: {name} must fit into 64 bits, got {number}")
+    return number
+
+
+def as_float(loss: str, name: str, value: Any) -> float:
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    if not hasattr(value, "__float__") or getattr(value, "ndim", 0) or getattr(value, "requires_grad", False):
+        raise refuse(loss, name, "a float", value)
+    return float(value)
+
+
+def as_bool(loss: str, name: str, value: Any) -> bool:
+    if type(value) is bool:
+        return value
+    if str(getattr(value, "dtype", "")) != "bool":  # numpy's
+        raise refuse(loss, name, "a bool", value)
+    return bool(value)
+
+
+def dtensor_among(*tensors: Tensor | None) -> Any:
+    """The module for DTensors if one of these is one: it imports torch.distributed, so nothing else should."""
+    for t in tensors:
+        if type(t) is not torch.Tensor and hasattr(t, "device_mesh"):
+            from . import _dtensor
+
+            return _dtensor
+
+
+def not_for_dtensors(loss: str, *tensors: Tensor | None) -> None:
+    if dtensor_among(*tensors):
+        raise NotImplementedError(f"cece.{loss}: DTensors are not supported yet: pass each rank's part (to_local())")
