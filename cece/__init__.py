@@ -21,6 +21,7 @@ from .functional import (  # noqa: E402
     check_targets,
     cross_entropy,
 )
+from .linear import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_statistics  # noqa: E402
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss  # noqa: E402
 from .rows import TokenStatistics, entropy, token_statistics  # noqa: E402
 
@@ -29,6 +30,7 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "TokenStatistics",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -38,6 +40,8 @@ __all__ = [
     "decompositions",
     "empty_cache",
     "entropy",
+    "linear_cross_entropy",
+    "linear_token_statistics",
     "patch",
     "reference",
     "token_statistics",

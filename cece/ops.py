@@ -11,6 +11,9 @@ CROSS_ENTROPY = torch.ops.cece.cross_entropy_forward.default
 CROSS_ENTROPY_BACKWARD = torch.ops.cece.cross_entropy_backward.default
 TOKEN_STATISTICS = torch.ops.cece.token_statistics_forward.default
 TOKEN_STATISTICS_BACKWARD = torch.ops.cece.token_statistics_backward.default
+LINEAR_CROSS_ENTROPY = torch.ops.cece.linear_cross_entropy.default
+LINEAR_TOKEN_STATISTICS = torch.ops.cece.linear_token_statistics_forward.default
+LINEAR_TOKEN_STATISTICS_BACKWARD = torch.ops.cece.linear_token_statistics_backward.default
 BCE = torch.ops.cece.binary_cross_entropy_forward.default
 BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
 

@@ -203,9 +203,9 @@ TokenOutputs linear_token_statistics_forward(const Tensor& x, const Tensor& lw, 
   }
   const auto& [loss, entropy, logsumexp, collision, argmax, stats] = out;
   const auto asked = [&](const Tensor& t, int64_t bit) { return wanted & bit ? t : Tensor(); };
-  record<LinearTokenStatisticsBackward>(variable_list{asked(loss, kLoss), asked(entropy, kEntropy),
-                                                      asked(logsumexp, kLogSumExp), asked(collision, kCollision)},
-                                        o, {x, lw, get(lb), get(t), get(w), stats});
+  record<LinearTokenStatisticsBackward>(
+      {asked(loss, kLoss), asked(entropy, kEntropy), asked(logsumexp, kLogSumExp), asked(collision, kCollision)}, o,
+      {x, lw, get(lb), get(t), get(w), stats});
   return out;
 }
 
