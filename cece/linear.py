@@ -63,7 +63,7 @@ class _Call:
                 f" got {_shape(target)}"
             )
         kind = input.device.type
-        if torch.is_autocast_enabled(kind):  # as torch's linear: its dtype for all but float64
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # as torch's linear: its dtype for all but float64
             dtype = torch.get_autocast_dtype(kind)
             input, linear_weight, linear_bias = (
                 t if t is None or t.dtype is torch.float64 or not t.is_floating_point() else t.to(dtype)

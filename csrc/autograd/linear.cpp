@@ -38,7 +38,7 @@ LinearOutputs call_sum(const Tensor& x, const Tensor& lw, const MaybeTensor& lb,
                              .findSchemaOrThrow("cece::linear_cross_entropy", "")
                              .typed<LinearOutputs(const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
                                                   const MaybeTensor&, const MaybeTensor&, int64_t, double, double,
-                                                  double, bool, int64_t, bool, double, bool, int64_t)>();
+                                                  double, bool, int64_t, bool, double, int64_t, int64_t)>();
   return op.call(x, lw, lb, t, w, rw, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap, o.skip_masked_rows,
                  o.chunk_size, o.compact, o.z_loss, o.reduction, gradients);
 }
@@ -152,17 +152,19 @@ struct LinearCrossEntropyBackward {
 LinearOutputs linear_cross_entropy(const Tensor& x, const Tensor& lw, const MaybeTensor& lb, const Tensor& t,
                                    const MaybeTensor& w, const MaybeTensor& rw, int64_t ignore_index,
                                    double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
-                                   int64_t chunk_size, bool compact, double z_loss, int64_t reduction, int64_t) {
+                                   int64_t chunk_size, bool compact, double z_loss, int64_t reduction,
+                                   int64_t gradients) {
   const bool hooks = at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value();
   const LinearCall o{ignore_index, label_smoothing,         logit_scale, softcap, skip_masked_rows, chunk_size, compact,
-                     z_loss,       RowLoss::wanted(z_loss), hooks};
+                     z_loss,       RowLoss::wanted(z_loss), reduction,   hooks};
   if (reduction == kNone || needs_plain(x, lw, get(lb), t, get(w), get(rw)) || differentiable(t) ||
       differentiable(get(w))) {
     return linear_cross_entropy_by_rows(x, lw, lb, t, w, rw, o.linear(), z_loss, Reduction(reduction));
   }
   LinearOutputs out;
   {
-    const int64_t gradients = differentiable(x) | differentiable(lw) << 1 | differentiable(get(lb)) << 2;
+    // Tracing comes here again with the tensors below, which ask for nothing.
+    gradients |= differentiable(x) | differentiable(lw) << 1 | differentiable(get(lb)) << 2;
     at::AutoDispatchBelowADInplaceOrView below;
     out = call_sum(x, lw, lb, t, w, rw, o, gradients);
   }
