@@ -7,6 +7,8 @@
 
 #include <torch/library.h>
 
+#include "cpu/memory.h"
+
 namespace cece {
 
 namespace {
@@ -209,7 +211,11 @@ struct Linear {
     }
     return out.view(logit_sizes);
   }
-  Tensor buffer() const { return at::empty({chunk, outputs}, input.options().dtype(wide)); }
+  Tensor buffer() const { return fresh({chunk, outputs}); }
+  // Large ones on a CPU are memory that the call before gave back: pages of their own would cost 5 % of the products.
+  Tensor fresh(at::IntArrayRef sizes) const {
+    return cpu ? cpu::empty_gradient(sizes, wide) : at::empty(sizes, input.options().dtype(wide));
+  }
 };
 
 // The gradients of a chunk's logits on their way to those of input, weight and bias, each in `wide`.
@@ -218,10 +224,10 @@ struct Gradients {
   Tensor input, matrix, bias;  // undefined: not wanted
 
   Gradients(const Linear& l, int64_t wanted) : l(l) {
-    const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, l.input.options().dtype(l.wide)); };
-    if (wanted & 1) input = zeros(l.input.sizes());
-    if (wanted & 2) matrix = zeros(l.matrix.sizes());
-    if (wanted & 4) bias = zeros({l.outputs});
+    if (wanted & 1) input = l.fresh(l.input.sizes());
+    if (wanted & 2) matrix = l.fresh(l.matrix.sizes());
+    if (wanted & 4) bias = at::zeros({l.outputs}, l.input.options().dtype(l.wide));
+    if (l.rows.defined() && input.defined()) input.zero_();
   }
   void add(int64_t i, const Tensor& x, const Tensor& grad_logits) const {
     const int64_t n = x.size(0);
@@ -230,11 +236,11 @@ struct Gradients {
     if (!l.cpu && l.narrow) {
       g = g.to(x.scalar_type());
       if (input.defined()) put_input(i, n, at::mm(g, l.matrix, l.wide));
-      if (matrix.defined()) matrix.add_(at::mm(g.t(), x, l.wide));
+      if (matrix.defined()) i == 0 ? matrix.copy_(at::mm(g.t(), x, l.wide)) : matrix.add_(at::mm(g.t(), x, l.wide));
       return;
     }
     if (input.defined()) {
-      Tensor part = l.rows.defined() ? at::zeros({n, l.features}, x.options()) : input.narrow(0, i, n);
+      Tensor part = l.rows.defined() ? at::empty({n, l.features}, x.options()) : input.narrow(0, i, n);
       if (l.narrow) {
         l.each_block([&](int64_t c, int64_t k) { part.addmm_(g.narrow(1, c, k), l.factor(l.matrix.narrow(0, c, k))); });
       } else {
@@ -242,7 +248,7 @@ struct Gradients {
       }
       put_input(i, n, part);
     }
-    if (matrix.defined()) matrix.addmm_(g.t(), x);
+    if (matrix.defined()) matrix.addmm_(g.t(), x, /*beta=*/i > 0);
   }
   // In the shapes of what they belong to; empty where not wanted.
   LinearGradients all(const Tensor& linear_weight) const {

@@ -171,7 +171,9 @@ LinearOutputs linear_cross_entropy(const Tensor& x, const Tensor& lw, const Mayb
   const auto& [loss, losses, total, x_sum, lw_sum, lb_sum] = out;
   record<LinearCrossEntropyBackward>({loss}, o,
                                      {x, lw, get(lb), get(rw), t, get(w), losses, total, x_sum, lw_sum, lb_sum});
-  return out;
+  if (!loss.requires_grad()) return out;
+  const Tensor none = at::empty({0}, losses.options());  // the node's own, which it may overwrite
+  return {loss, losses, total, none, none, none};
 }
 
 // ---- rows' statistics, whose backward forms the logits again
