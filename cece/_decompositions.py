@@ -4,6 +4,7 @@
 ``csrc/numerics.h`` to the dtype that sums are formed in; tiny losses are as exact as torch's, not as ours.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,14 @@ class _Rows:
     """One call of cross-entropy: the masses q_j = w_j ((1 - s) t_j + s / C) of each row."""
 
     def __init__(self, logits, target, weight, ignore_index, label_smoothing):
-        soft = target.dim() == logits.dim()
+        soft = target is not None and target.dim() == logits.dim()
         self.dim = dim = 0 if logits.dim() == 1 else 1
         acc = _acc(logits, target if soft else None)
         self.x, classes = logits.to(acc), logits.shape[dim]
         by_class = (-1, *(1,) * (logits.dim() - 1 - dim))
-        if soft:
+        if target is None:
+            self.used, one = None, torch.zeros_like(self.x)
+        elif soft:
             self.used, one = None, target.to(acc)
         else:
             self.used = ops.used_labels(target, ignore_index).unsqueeze(dim)
@@ -38,12 +41,17 @@ class _Rows:
     def only_used(self, a):
         return a if self.used is None else torch.where(self.used, a, 0)
 
+    def statistics(self):
+        """max, log_sum, p and u = max - x of each row."""
+        top = self.x.amax(self.dim, keepdim=True)
+        gap = torch.where(self.x == top, 0, top - self.x)
+        log_sum = (-gap).exp().sum(self.dim, keepdim=True).log()
+        return top, log_sum, (-(gap + log_sum)).exp(), gap
+
 
 def cross_entropy_forward(logits, target, weight, reduction, ignore_index, label_smoothing, inplace_backward=False):
     r = _Rows(logits, target, weight, ignore_index, label_smoothing)
-    top = r.x.amax(r.dim, keepdim=True)
-    gap = torch.where(r.x == top, 0, top - r.x)
-    log_sum = (-gap).exp().sum(r.dim, keepdim=True).log()
+    top, log_sum, _, gap = r.statistics()
     loss = torch.where(r.q == 0, 0, r.q * (gap + log_sum)).sum(r.dim, keepdim=True)
     mass = r.q.sum(r.dim, keepdim=True)
     loss, *stats = (r.only_used(a).squeeze(r.dim) for a in (loss, top, log_sum, mass))
@@ -63,6 +71,72 @@ def cross_entropy_backward(grad, logits, target, weight, stats, total_weight, re
     g = grad.unsqueeze(r.dim) if reduction == ops.NONE else grad / total_weight if reduction == ops.MEAN else grad
     p = (-(torch.where(r.x == top, 0, top - r.x) + log_sum)).exp()
     return r.only_used(g * (p * mass - r.q)).to(logits.dtype)
+
+
+def _transformed(r, logit_scale, softcap):
+    """Sets the rows' x to the logits as they are used; returns what those change by."""
+    x = r.x * logit_scale
+    r.x = softcap * (x / softcap).tanh() if softcap > 0 else x
+    return logit_scale * (1 - (x / softcap).tanh().square()) if softcap > 0 else logit_scale
+
+
+def _masked(r, a, log_sum, skip_masked_rows):
+    a = r.only_used(a)
+    return torch.where(log_sum == -math.inf, 0, a) if skip_masked_rows else a
+
+
+def token_statistics_forward(
+    logits, target, weight, ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, wanted
+):
+    r = _Rows(logits, target, weight, ignore_index, label_smoothing)
+    _transformed(r, logit_scale, softcap)
+    top, log_sum, p, gap = r.statistics()
+    mass = r.q.sum(r.dim, keepdim=True)
+    heat = torch.where(p == 0, 0, p * gap).sum(r.dim, keepdim=True)
+    collision = p.square().sum(r.dim, keepdim=True)
+    loss = torch.where(r.q == 0, 0, r.q * (gap + log_sum)).sum(r.dim, keepdim=True)
+    loss = torch.where(log_sum >= 0, loss, math.nan)
+    values = loss, log_sum + heat, torch.where(log_sum == -math.inf, log_sum, top + log_sum), collision
+    stats = top, log_sum, mass, heat, 1 - collision
+    values, stats = ([_masked(r, v, log_sum, skip_masked_rows).squeeze(r.dim) for v in vs] for vs in (values, stats))
+    if skip_masked_rows:  # by which such a row is known
+        stats[1] = r.only_used(log_sum).squeeze(r.dim)
+    values.append(_masked(r, r.x.argmax(r.dim, keepdim=True), log_sum, skip_masked_rows).squeeze(r.dim))
+    return (*(v if wanted >> i & 1 else v.new_empty(0) for i, v in enumerate(values)), torch.stack(stats))
+
+
+def token_statistics_backward(
+    grad_loss,
+    grad_entropy,
+    grad_logsumexp,
+    grad_collision,
+    logits,
+    target,
+    weight,
+    stats,
+    ignore_index,
+    label_smoothing,
+    logit_scale,
+    softcap,
+    skip_masked_rows,
+):
+    r = _Rows(logits, target, weight, ignore_index, label_smoothing)
+    slope = _transformed(r, logit_scale, softcap)
+    top, log_sum, mass, heat, spread = (a.unsqueeze(r.dim) for a in stats.unbind(0))
+    gap = torch.where(r.x == top, 0, top - r.x)
+    p = (-(gap + log_sum)).exp()
+    factor, less = 0, 0
+    if grad_loss is not None:
+        g = grad_loss.unsqueeze(r.dim)
+        factor, less = factor + g * mass, g * r.q
+    if grad_entropy is not None:
+        factor = factor + grad_entropy.unsqueeze(r.dim) * (gap - heat)
+    if grad_logsumexp is not None:
+        factor = factor + grad_logsumexp.unsqueeze(r.dim)
+    if grad_collision is not None:
+        factor = factor + 2 * grad_collision.unsqueeze(r.dim) * (p - (1 - spread))
+    out = slope * (torch.where(p == 0, 0, p * factor) - less)
+    return _masked(r, out, log_sum, skip_masked_rows).to(logits.dtype)
 
 
 class _Linear:
@@ -184,6 +258,8 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
         {
             ops.CROSS_ENTROPY: cross_entropy_forward,
             ops.CROSS_ENTROPY_BACKWARD: cross_entropy_backward,
+            ops.TOKEN_STATISTICS: token_statistics_forward,
+            ops.TOKEN_STATISTICS_BACKWARD: token_statistics_backward,
             ops.LINEAR_CROSS_ENTROPY: linear_cross_entropy,
             ops.LINEAR_TOKEN_STATISTICS: linear_token_statistics_forward,
             ops.LINEAR_TOKEN_STATISTICS_BACKWARD: linear_token_statistics_backward,

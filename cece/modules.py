@@ -23,8 +23,8 @@ class _Shown(torch.nn.Module):
 class CrossEntropyLoss(_Shown, torch.nn.CrossEntropyLoss):
     """:func:`cece.cross_entropy` as a module, a drop-in for :class:`torch.nn.CrossEntropyLoss`. Takes logits.
 
-    Shapes, dtypes and errors are the function's. ``weight`` is a buffer, as in torch. token_weight and normalizer change
-    from step to step: they are arguments of the call, ``loss(logits, target, normalizer=n)``.
+    Shapes, dtypes and errors are the function's. ``weight`` is a buffer, as in torch. What changes from step to step,
+    token_weight and normalizer, is an argument of the call: ``loss(logits, target, normalizer=n)``.
     """
 
     __constants__: list[str] = [

@@ -343,8 +343,12 @@ inline CrossEntropyShapes check_token_statistics_shapes(const Tensor& logits, co
                     "cece.cross_entropy: softcap must be a positive, finite number, got ", digits(o.softcap));
   TORCH_CHECK(present(target) || (!present(weight) && o.label_smoothing == 0),
               "cece.cross_entropy: weight and label_smoothing need a target");
-  return check_cross_entropy_shapes(logits, present(target) ? *target : Tensor(), weight, int64_t(Reduction::none),
-                                    o.ignore_index, o.label_smoothing);
+  CrossEntropyShapes s = check_cross_entropy_shapes(logits, present(target) ? *target : Tensor(), weight,
+                                                    int64_t(Reduction::none), o.ignore_index, o.label_smoothing);
+  const auto classes = logits.sym_size(s.class_dim);
+  TORCH_CHECK(!TORCH_GUARD_OR_FALSE(classes.sym_eq(0)), "cece.cross_entropy: input must have at least one class, got ",
+              logits.sym_sizes());
+  return s;
 }
 
 using TokenOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // ..., argmax, stats

@@ -242,13 +242,15 @@ struct Gradients {
     if (input.defined()) {
       Tensor part = l.rows.defined() ? at::empty({n, l.features}, x.options()) : input.narrow(0, i, n);
       if (l.narrow) {
-        l.each_block([&](int64_t c, int64_t k) { part.addmm_(g.narrow(1, c, k), l.factor(l.matrix.narrow(0, c, k))); });
+        l.each_block([&](int64_t c, int64_t k) {
+          part.addmm_(g.narrow(1, c, k), l.factor(l.matrix.narrow(0, c, k)), /*beta=*/c > 0 ? 1 : 0);
+        });
       } else {
         part.addmm_(g, l.matrix, /*beta=*/0);
       }
       put_input(i, n, part);
     }
-    if (matrix.defined()) matrix.addmm_(g.t(), x, /*beta=*/i > 0);
+    if (matrix.defined()) matrix.addmm_(g.t(), x, /*beta=*/i > 0 ? 1 : 0);
   }
   // In the shapes of what they belong to; empty where not wanted.
   LinearGradients all(const Tensor& linear_weight) const {

@@ -3,5 +3,7 @@
 #include "cross_entropy.cuh"
 
 namespace cece::cuda {
-const Kernels kBF16 = {CrossEntropy<__nv_bfloat16>::kernels, BinaryCrossEntropyOf<__nv_bfloat16>::kernels};
+const Kernels kBF16 = {CrossEntropy<__nv_bfloat16, CrossEntropyArgs>::kernels,
+                       CrossEntropy<__nv_bfloat16, TokenStatisticsArgs>::kernels,
+                       BinaryCrossEntropyOf<__nv_bfloat16>::kernels};
 }

@@ -12,21 +12,23 @@
 namespace cece::cuda {
 
 // A label; a label with smoothing; probabilities of the logits' type; a label with smoothing and class weights;
-// probabilities of another type.
-enum class Target { hard, smooth, soft, weighted, mixed };
+// probabilities of another type. And with all statistics: any of the labels or none; any probabilities.
+enum class Target { hard, smooth, soft, weighted, mixed, full, full_mixed };
 template <Target K>
-constexpr bool kSoft = K == Target::soft || K == Target::mixed;
+constexpr bool kSoft = K == Target::soft || K == Target::mixed || K == Target::full_mixed;
+template <Target K>
+constexpr bool kFull = K == Target::full || K == Target::full_mixed;
 
 // Blocks of kMaxThreads that shall fit a multiprocessor: what leaves a thread the registers it needs (64, 80, 128,
 // 255).
 template <class S, Target K>
 constexpr int kResident = kDtype<S> == Dtype::f64                        ? 1
-                          : kSoft<K>                                     ? 2
+                          : kSoft<K> || kFull<K>                         ? 2
                           : K == Target::hard && kDtype<S> != Dtype::f16 ? 4
                                                                          : kMinBlocks;
 
 template <class S, Target K>  // of rows in packs that straddle those of the logits, which are held twice
-constexpr int kShiftedResident = kDtype<S> == Dtype::f64 || K == Target::weighted ? 2 : kMinBlocks;
+constexpr int kShiftedResident = kDtype<S> == Dtype::f64 || K == Target::weighted || kFull<K> ? 2 : kMinBlocks;
 
 template <class S, Target K>  // fewer than with rows, for the eight addresses
 constexpr int kPixelResident = kResident<S, K> < kMinBlocks ? kResident<S, K> : kMinBlocks;
@@ -42,9 +44,55 @@ struct RowArgs : CrossEntropyArgs {
         smoothing(A(a.label_smoothing)) {}
 };
 
+template <class A>
+struct FullArgs : RowArgs<A> {
+  A scale, cap, shrink;  // z = scale x, or cap tanh(shrink x)
+  bool capped, skip_masked_rows;
+  void *entropy, *logsumexp, *collision;
+  int64_t* argmax;
+  const void *grad_entropy, *grad_logsumexp, *grad_collision;
+
+  FullArgs(const TokenStatisticsArgs& a)
+      : RowArgs<A>(a),
+        scale(A(a.logit_scale)),
+        cap(A(a.softcap)),
+        shrink(A(a.softcap > 0 ? a.logit_scale / a.softcap : 1)),
+        capped(a.softcap > 0),
+        skip_masked_rows(a.skip_masked_rows),
+        entropy(a.entropy),
+        logsumexp(a.logsumexp),
+        collision(a.collision),
+        argmax(a.argmax),
+        grad_entropy(a.grad_entropy),
+        grad_logsumexp(a.grad_logsumexp),
+        grad_collision(a.grad_collision) {}
+};
+template <class S, Target K>
+using ArgsOf = std::conditional_t<kFull<K>, FullArgs<AccOf<S>>, RowArgs<AccOf<S>>>;
+
+// A logit as it is used, and what that changes by.
+template <class A>
+__device__ __forceinline__ A transformed(const RowArgs<A>&, A x) {
+  return x;
+}
+template <class A>
+__device__ __forceinline__ A transformed(const FullArgs<A>& a, A x) {
+  if (!a.capped) return a.scale * x;
+  const A z = a.cap * tanh_nonnegative(abs_(a.shrink * x));
+  return x < A(0) ? -z : z;
+}
+template <class A>
+__device__ __forceinline__ A transform_slope(const RowArgs<A>&, A) {
+  return A(1);
+}
+template <class A>
+__device__ __forceinline__ A transform_slope(const FullArgs<A>& a, A x) {
+  return a.capped ? a.scale * tanh_slope(abs_(a.shrink * x)) : a.scale;
+}
+
 // ---- the target of a row
 
-constexpr int64_t kIgnored = -1, kImpossible = -2;
+constexpr int64_t kIgnored = -1, kImpossible = -2, kUnlabelled = -3;
 
 // A row's label as it is loaded, in registers of 32 bits: nothing is computed of it, so nothing waits for it.
 struct RawLabel {
@@ -53,7 +101,7 @@ struct RawLabel {
 template <Target K>
 __device__ __forceinline__ RawLabel load_label(const CrossEntropyArgs& a, int64_t row) {
   RawLabel l;
-  if (kSoft<K>) return l;
+  if (kSoft<K> || (kFull<K> && !a.labels)) return l;
   switch (a.label_dtype) {
     case Dtype::u8:
       l.low = static_cast<const uint8_t*>(a.labels)[row];
@@ -78,6 +126,7 @@ __device__ __forceinline__ RawLabel load_label(const CrossEntropyArgs& a, int64_
 template <Target K>
 __device__ __forceinline__ int64_t judge(const CrossEntropyArgs& a, RawLabel l) {
   if (kSoft<K>) return kIgnored;
+  if (kFull<K> && !a.labels) return kUnlabelled;
   const int64_t y = a.label_dtype == Dtype::i64 ? int64_t(l.high) * (int64_t(1) << 32) + uint32_t(l.low) : l.low;
   return y == a.ignore_index ? kIgnored : y >= 0 && y < a.classes ? y : kImpossible;
 }
@@ -85,10 +134,10 @@ template <Target K>
 __device__ __forceinline__ int64_t label(const CrossEntropyArgs& a, int64_t row) {
   return judge<K>(a, load_label<K>(a, row));
 }
-// Whether a row has a loss: any with probabilities, else one with a possible label.
+// Whether a row has a loss: any with probabilities, else one with a possible label. (Statistics need no label.)
 template <Target K>
 __device__ __forceinline__ bool used(int64_t y) {
-  return kSoft<K> || y >= 0;
+  return kSoft<K> || y >= 0 || (kFull<K> && y == kUnlabelled);
 }
 
 template <class A>
@@ -138,6 +187,26 @@ struct RowState<Target::hard, A> {
   static __device__ __forceinline__ RowState of(A max, const Shares<A, 1>& s) { return {{max, s.v[0]}}; }
 };
 
+template <class A>
+struct FullState {
+  Moments<A> lse;
+  TargetGaps<A> target;
+  int64_t argmax = kNowhere;
+  static constexpr int64_t kNowhere = INT64_MAX;
+
+  __device__ __forceinline__ void merge(const FullState& o) {
+    const A max = greatest(o.lse.max, lse.max);
+    TargetGaps<A> part = o.target;
+    part.rebase(o.lse.max, max);
+    target.rebase(lse.max, max);
+    target = {target.gaps + part.gaps, target.mass + part.mass};
+    if (o.lse.max > lse.max || (o.lse.max == lse.max && o.argmax < argmax)) argmax = o.argmax;
+    lse.merge(o.lse);
+  }
+};
+template <Target K, class A>
+using StateOf = std::conditional_t<kFull<K>, FullState<A>, RowState<K, A>>;
+
 // Rows are merged in lanes by their maximum first: then each is moved to it once, and what follows are plain sums. Of
 // the 22 instructions that a merge of two takes, 5 are left a step.
 template <Target K, class A>
@@ -147,7 +216,8 @@ __device__ __forceinline__ RowState<K, A> merge_lanes(const RowState<K, A>& s, i
 }
 
 // A row as one thread reads it, V groups of N classes at a time: logits x, -inf in a group that is not `inside`, masses
-// q. Up to a thousand terms of masses and gaps: a plain sum of equal ones would drift.
+// q; the first of group v is class c + v step. Up to a thousand terms of masses and gaps: a plain sum of equal ones
+// would drift.
 template <class S, Target K>
 struct Reader {
   using A = AccOf<S>;
@@ -155,7 +225,8 @@ struct Reader {
   LongSum<A> gaps, mass;
 
   template <int V, int N>
-  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&q)[V][N], const bool (&)[V]) {
+  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&q)[V][N], const bool (&)[V],
+                                       int64_t, int64_t) {
     const A before = logits.max;
     logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
     gaps.add(times(mass.value(), gap(before, logits.max)));
@@ -178,7 +249,8 @@ struct Reader<S, Target::hard> {
   Tournament<A> logits;
 
   template <int V, int N>
-  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&)[V][N], const bool (&)[V]) {
+  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&)[V][N], const bool (&)[V],
+                                       int64_t, int64_t) {
     logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
   }
   __device__ __forceinline__ RowState<Target::hard, A> state(const RowArgs<A>&) const { return {logits.log_sum_exp()}; }
@@ -193,7 +265,7 @@ struct Reader<S, Target::smooth> {
 
   template <int V, int N>
   __device__ __forceinline__ void push(const RowArgs<A>& a, const A (&x)[V][N], const A (&)[V][N],
-                                       const bool (&inside)[V]) {
+                                       const bool (&inside)[V], int64_t, int64_t) {
     const A before = logits.max;
     logits.push(reinterpret_cast<const A(&)[V * N]>(x[0][0]), ExpOf<S>());
     A these = a.spread * sum(x, inside, [&](A x) { return logits.max - x; });
@@ -224,6 +296,51 @@ struct Reader<S, Target::smooth> {
   }
 };
 
+// All statistics. The maximal term stays out of the sums where it is met, and is known by its class.
+template <class S>
+struct FullReader {
+  using A = AccOf<S>;
+  FullState<A> s;
+  LongSum<A> gaps, mass;
+
+  template <int V, int N>
+  __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&q)[V][N], const bool (&)[V],
+                                       int64_t c, int64_t step) {
+    const A before = s.lse.max;
+    A max = before;
+#pragma unroll
+    for (int i = 0; i < V * N; i++) max = greatest(x[i / N][i % N], max);
+    bool own = max > before;  // whether the maximal term is yet to come
+    if (own) {
+      Moments<A> higher;
+      higher.max = max, higher.rest = higher.square = A(0);
+      higher.merge(s.lse);
+      s.lse = higher;
+    }
+    gaps.add(times(mass.value(), gap(before, max)));
+    TargetGaps<A> these;
+    A rest = A(0), heat = A(0), square = A(0);
+#pragma unroll
+    for (int i = 0; i < V * N; i++) {
+      const A x_i = x[i / N][i % N], u = max - x_i;
+      A e = exp_nonpositive(-u);
+      if (own && x_i == max) e = A(0), own = false, s.argmax = c + i / N * step + i % N;
+      rest += e, heat += times(e, u), square += e * e;
+      these.push(q[i / N][i % N], x_i, max);
+    }
+    s.lse.rest += rest, s.lse.heat += heat, s.lse.square += square;
+    gaps.add(these.gaps);
+    mass.add(these.mass);
+  }
+  __device__ __forceinline__ FullState<A> state(const RowArgs<A>&) const {
+    FullState<A> all = s;
+    all.target = {gaps.value(), mass.value()};
+    return all;
+  }
+};
+template <class S, Target K>
+using ReaderOf = std::conditional_t<kFull<K>, FullReader<S>, Reader<S, K>>;
+
 template <class A>
 __device__ __forceinline__ A minus_infinity() {  // the logit that changes nothing
   return -std::numeric_limits<A>::infinity();
@@ -251,13 +368,13 @@ __device__ __forceinline__ bool probabilities_in_runs(const CrossEntropyArgs& a,
 // Classes begin ... end - 1 of a row as the `lane`-th of `lanes` threads reads them. started(row at begin) is called
 // once, behind the first loads: what it waits for has been under way with them. It says whether to go on.
 template <class S, Target K, class F>
-__device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccOf<S>>& a, int64_t row, int64_t begin,
-                                                              int64_t end, int lane, int lanes, F&& started) {
+__device__ __forceinline__ StateOf<K, AccOf<S>> read_classes(const ArgsOf<S, K>& a, int64_t row, int64_t begin,
+                                                             int64_t end, int lane, int lanes, F&& started) {
   using A = AccOf<S>;
   constexpr bool kPlain = K == Target::hard || K == Target::smooth;  // nothing to load beside the logits
   constexpr int N = Pack<S>::kSize, U = kPlain ? kPacks : kPacks / 2;
   constexpr int kAtOnce = K == Target::hard ? 16 : 8, kTogether = N * U < kAtOnce ? U : kAtOnce / N;  // packs a push
-  Reader<S, K> reader;
+  ReaderOf<S, K> reader;
   const int64_t at_x = offset_of(a.rows, a.logits, row) + begin * a.logits.class_stride;
   const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) + begin * a.probabilities.class_stride : 0;
   const S* const x = static_cast<const S*>(a.logits.data) + at_x;
@@ -277,7 +394,7 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
     }
     A mass[U][N];
     load_probabilities<S, K>(a, at, inside, mass);
-    if (p == lane && !started(at_x)) return RowState<K, A>();
+    if (p == lane && !started(at_x)) return StateOf<K, A>();
 #pragma unroll
     for (int u = 0; u < U; u += kTogether) {
       A logit[kTogether][N], q[kTogether][N];
@@ -287,21 +404,25 @@ __device__ __forceinline__ RowState<K, AccOf<S>> read_classes(const RowArgs<AccO
         in[v] = inside[u + v];
         widen_run(raw[u + v], logit[v]);
 #pragma unroll
+        for (int k = 0; kFull<K> && k < N; k++) {
+          logit[v][k] = in[v] ? transformed(a, logit[v][k]) : minus_infinity<A>();
+        }
+#pragma unroll
         for (int k = 0; !kPlain && k < N; k++) {
           const int64_t c = begin + cut.head + (p + (u + v) * lanes) * N + k;
           q[v][k] = in[v] ? mass_of<K>(a, mass[u + v][k], c) : A(0);
         }
       }
-      reader.push(a, logit, q, in);
+      reader.push(a, logit, q, in, begin + cut.head + (p + u * lanes) * N, int64_t(lanes) * N);
     }
   }
-  if (lane >= cut.packs && !started(at_x)) return RowState<K, A>();
+  if (lane >= cut.packs && !started(at_x)) return StateOf<K, A>();
   for (int64_t s = lane; s < cut.single; s += lanes) {
     const int64_t i = cut.at(s);
-    const A logit[1][1] = {{load_one<S>(a.logits, at_x + i * a.logits.class_stride)}};
+    const A logit[1][1] = {{transformed(a, load_one<S>(a.logits, at_x + i * a.logits.class_stride))}};
     const A p = kSoft<K> ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
     const A mass[1][1] = {{mass_of<K>(a, p, begin + i)}};
-    reader.push(a, logit, mass, {true});
+    reader.push(a, logit, mass, {true}, begin + i, 0);
   }
   return reader.state(a);
 }
@@ -312,7 +433,18 @@ __device__ __forceinline__ void write_row(const CrossEntropyArgs& a, int64_t row
   stats[0] = max;
   stats[a.rows.count] = log_sum;
   stats[2 * a.rows.count] = mass;
-  static_cast<A*>(a.loss)[row] = loss;
+  if (a.loss) static_cast<A*>(a.loss)[row] = loss;
+}
+template <class A>
+__device__ __forceinline__ void write_more(const FullArgs<A>& a, int64_t row, A heat, A spread, A entropy, A logsumexp,
+                                           A collision, int64_t argmax) {
+  A* const stats = static_cast<A*>(a.stats) + row;
+  stats[3 * a.rows.count] = heat;
+  stats[4 * a.rows.count] = spread;
+  if (a.entropy) static_cast<A*>(a.entropy)[row] = entropy;
+  if (a.logsumexp) static_cast<A*>(a.logsumexp)[row] = logsumexp;
+  if (a.collision) static_cast<A*>(a.collision)[row] = collision;
+  if (a.argmax) a.argmax[row] = argmax;
 }
 
 // A row's label and the logit there, which is asked for long before it is needed.
@@ -322,27 +454,53 @@ struct Labelled {
   A x_y = A(0);
 };
 template <class S, Target K>  // from: where class `begin` of the row is
-__device__ __forceinline__ Labelled<AccOf<S>> labelled(const CrossEntropyArgs& a, RawLabel raw, int64_t from,
+__device__ __forceinline__ Labelled<AccOf<S>> labelled(const ArgsOf<S, K>& a, RawLabel raw, int64_t from,
                                                        int64_t begin) {
   Labelled<AccOf<S>> l{judge<K>(a, raw)};
-  if (l.y >= 0) l.x_y = load_one<S>(a.logits, from + (l.y - begin) * a.logits.class_stride);
+  if (l.y >= 0) l.x_y = transformed(a, load_one<S>(a.logits, from + (l.y - begin) * a.logits.class_stride));
   return l;
+}
+
+// The first NaN of a row, or the first of its largest, where the search passed over something.
+template <class S, class A>
+__device__ __forceinline__ int64_t first_maximal(const FullArgs<A>& a, int64_t row) {
+  const int64_t from = offset_of(a.rows, a.logits, row);
+  int64_t best = 0;
+  A most = load_one<S>(a.logits, from);
+  for (int64_t c = 1; c < a.classes && most == most; c++) {
+    const A x = load_one<S>(a.logits, from + c * a.logits.class_stride);
+    if (!(x <= most)) best = c, most = x;
+  }
+  return best;
 }
 
 // Statistics and loss of a row; 0 without a label, NaN with an impossible one.
 template <class S, Target K>
-__device__ __forceinline__ void finish(const RowArgs<AccOf<S>>& a, int64_t row, const Labelled<AccOf<S>>& l,
-                                       const RowState<K, AccOf<S>>& s) {
+__device__ __forceinline__ void finish(const ArgsOf<S, K>& a, int64_t row, const Labelled<AccOf<S>>& l,
+                                       const StateOf<K, AccOf<S>>& s) {
   using A = AccOf<S>;
-  if (!used<K>(l.y)) {
+  const A log_sum = s.lse.log_sum(), infinity = std::numeric_limits<A>::infinity();
+  bool has_loss = used<K>(l.y);
+  if constexpr (kFull<K>) has_loss = has_loss && !(a.skip_masked_rows && log_sum == -infinity);
+  if (!has_loss) {
     const A v = l.y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0);
-    return write_row(a, row, v, v, v, v);
+    const bool masked = kFull<K> && used<K>(l.y);  // known by its log_sum
+    write_row(a, row, v, masked ? -infinity : v, v, v);
+    if constexpr (kFull<K>) write_more(a, row, v, v, v, v, v, 0);
+    return;
   }
-  const A kept = kSoft<K> ? A(0) : K == Target::smooth ? a.keep : a.keep * class_weight<A>(a, l.y);
-  const A log_sum = s.lse.log_sum();
+  const A kept = l.y < 0 ? A(0) : K == Target::smooth ? a.keep : a.keep * class_weight<A>(a, l.y);
   TargetGaps<A> target = s.target;
   if (K == Target::smooth) target.mass = a.smoothing;
   write_row(a, row, s.lse.max, log_sum, kept + target.mass, row_loss(kept, l.x_y, target, s.lse.max, log_sum));
+  if constexpr (kFull<K>) {
+    const bool found = log_sum == log_sum && s.argmax != s.kNowhere;
+    write_more(a, row, s.lse.mean_heat(), s.lse.spread(), log_sum + s.lse.mean_heat(), s.lse.max + log_sum,
+               s.lse.collision(),
+               found      ? s.argmax
+               : a.argmax ? first_maximal<S>(a, row)
+                          : 0);
+  }
 }
 
 // How rows are spread over threads, all powers of two but `part`: `lanes` = 1 << shift threads a row; blockIdx.y takes
@@ -362,14 +520,14 @@ struct Spread {
 // states: where to leave a part for finish_rows; null when a row is one part, or when its parts are a cluster.
 template <class S, Target K>
 __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
-    forward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread, RowState<K, AccOf<S>>* states) {
+    forward_rows(const __grid_constant__ ArgsOf<S, K> a, Spread spread, StateOf<K, AccOf<S>>* states) {
   const int lane = spread.lane();
   const int64_t row = spread.row(), begin = spread.begin(), end = spread.end(a.classes);
   const bool exists = row < a.rows.count;
   RawLabel raw;
   if (exists) raw = load_label<K>(a, row);
   Labelled<AccOf<S>> l;
-  RowState<K, AccOf<S>> s;
+  StateOf<K, AccOf<S>> s;
   if (exists) {
     s = read_classes<S, K>(a, row, begin, end, lane, spread.lanes, [&](int64_t at) {
       use_from_here(raw.low), use_from_here(raw.high);
@@ -390,11 +548,11 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
 // A warp a row merges its parts, in the same order always.
 template <class S, Target K>
 __global__ void __launch_bounds__(kFinishThreads, 1)
-    finish_rows(const __grid_constant__ RowArgs<AccOf<S>> a, const RowState<K, AccOf<S>>* states, int parts) {
+    finish_rows(const __grid_constant__ ArgsOf<S, K> a, const StateOf<K, AccOf<S>>* states, int parts) {
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= a.rows.count) return;  // a whole warp
-  RowState<K, AccOf<S>> s;
+  StateOf<K, AccOf<S>> s;
   for (int i = lane; i < parts; i += 32) s.merge(states[row * parts + i]);
   s = merge_lanes(s, 32);
   if (lane != 0) return;
@@ -410,23 +568,67 @@ struct RowGrad {
 
   __device__ __forceinline__ void divide() { g = divided(g, total); }
 };
-template <class A>
+template <Target K, class A>
 __device__ __forceinline__ RowGrad<A> load_row_grad(const CrossEntropyArgs& a, int64_t row) {
   const A* const stats = static_cast<const A*>(a.stats) + row;
   return {stats[0], stats[a.rows.count], stats[2 * a.rows.count],
-          static_cast<const A*>(a.grad_loss)[row * a.grad_stride],
+          kFull<K> && !a.grad_loss ? A(0) : static_cast<const A*>(a.grad_loss)[row * a.grad_stride],
           a.reduction == Reduction::mean ? *static_cast<const A*>(a.total_weight) : A(1)};
 }
 
+// p_j (constant + heat u_j + square (p_j - sum p^2)): the gradient of all statistics but the loss.
+struct NoMore {
+  template <class A>
+  __device__ NoMore(const RowArgs<A>&, int64_t) {}
+};
+template <class A>
+struct More {
+  A constant, heat, square, spread;
+
+  __device__ __forceinline__ More(const FullArgs<A>& a, int64_t row) {
+    const A* const stats = static_cast<const A*>(a.stats) + row;
+    const auto get = [&](const void* grad) { return grad ? static_cast<const A*>(grad)[row] : A(0); };
+    heat = get(a.grad_entropy), square = A(2) * get(a.grad_collision), spread = stats[4 * a.rows.count];
+    constant = get(a.grad_logsumexp) - heat * stats[3 * a.rows.count];
+  }
+  __device__ __forceinline__ A slope(const FullArgs<A>& a, const RowGrad<A>& r, A z) const {
+    const A u = gap(z, r.max), minus_log_p = u + r.log_sum, p = exp_nonpositive(-minus_log_p);
+    A s = constant;
+    if (a.grad_entropy) s += heat * u;
+    if (a.grad_collision) s += square * above_collision(p, minus_log_p, spread);
+    return times(p, s);
+  }
+};
+template <class S, Target K>
+using MoreOf = std::conditional_t<kFull<K>, More<AccOf<S>>, NoMore>;
+
 // The gradient at class c of a row with label y: x its logit, t its probability (unused with a label).
 template <class S, Target K, class A>
-__device__ __forceinline__ A slope(const RowArgs<A>& a, const RowGrad<A>& r, A x, A t, int64_t c) {
-  return r.g * row_slope(x, r.max, r.log_sum, r.mass, mass_of<K>(a, t, c), ExpOf<S>());
+__device__ __forceinline__ A slope(const ArgsOf<S, K>& a, const RowGrad<A>& r, const MoreOf<S, K>& more, A x, A t,
+                                   int64_t c) {
+  if constexpr (kFull<K>) {
+    const A z = transformed(a, x), q = mass_of<K>(a, t, c);
+    return transform_slope(a, x) * (r.g * row_slope(z, r.max, r.log_sum, r.mass, q) + more.slope(a, r, z));
+  } else {
+    return r.g * row_slope(x, r.max, r.log_sum, r.mass, mass_of<K>(a, t, c), ExpOf<S>());
+  }
+}
+template <class S, Target K, class A>
+__device__ __forceinline__ A slope_at_label(const ArgsOf<S, K>& a, const RowGrad<A>& r, const MoreOf<S, K>& more, A x,
+                                            int64_t y) {
+  const A w = class_weight<A>(a, y), kept = a.keep * w, z = transformed(a, x);
+  const A loss = r.g * label_slope(z, r.max, r.log_sum, kept, r.mass - kept, a.spread * w);
+  if constexpr (kFull<K>) return transform_slope(a, x) * (loss + more.slope(a, r, z));
+  return loss;
+}
+// Whether a row's -inf count as no row at all, which its statistics say.
+template <class A>
+__device__ __forceinline__ bool masked(const RowArgs<A>&, const RowGrad<A>&) {
+  return false;
 }
 template <class A>
-__device__ __forceinline__ A slope_at_label(const RowArgs<A>& a, const RowGrad<A>& r, A x, int64_t y) {
-  const A w = class_weight<A>(a, y), kept = a.keep * w;
-  return r.g * label_slope(x, r.max, r.log_sum, kept, r.mass - kept, a.spread * w);
+__device__ __forceinline__ bool masked(const FullArgs<A>& a, const RowGrad<A>& r) {
+  return a.skip_masked_rows && r.log_sum == -std::numeric_limits<A>::infinity();
 }
 // The gradient of a row without a loss.
 template <class A>
@@ -440,7 +642,7 @@ __device__ __forceinline__ A unused_slope(int64_t y) {
 // the L1, because the next thread loads it too.
 template <class S, Target K, bool kShifted>
 __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K> : kResident<S, K>)
-    backward_rows(const __grid_constant__ RowArgs<AccOf<S>> a, Spread spread) {
+    backward_rows(const __grid_constant__ ArgsOf<S, K> a, Spread spread) {
   using A = AccOf<S>;
   constexpr int N = Pack<S>::kSize, U = kPacks / 2;  // read and written: as many bytes in flight
   const int lane = spread.lane(), lanes = spread.lanes;
@@ -458,12 +660,13 @@ __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K>
 
   const uint4* const packs = reinterpret_cast<const uint4*>(x + cut.head - into);
   RawLabel raw_y = load_label<K>(a, row);
-  RowGrad<A> r = load_row_grad<A>(a, row);
+  RowGrad<A> r = load_row_grad<K, A>(a, row);
+  const MoreOf<S, K> more(a, row);
   int64_t y = kIgnored;
   bool has_loss = true;  // until the label is looked at, behind the first loads
   const auto started = [&] {
     use_from_here(raw_y.low), use_from_here(raw_y.high), use_from_here(r.total);
-    y = judge<K>(a, raw_y), has_loss = used<K>(y), r.divide();
+    y = judge<K>(a, raw_y), has_loss = used<K>(y) && !masked(a, r), r.divide();
   };
   bool label_here = false;  // whether this thread has met the label, and its logit
   A x_y = A(0);
@@ -490,7 +693,7 @@ __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K>
       widen_run(kShifted ? straddling(raw[u], behind[u], into) : raw[u], logit);
       if (has_loss) {
 #pragma unroll
-        for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, logit[k], p_k[u][k], c + k));
+        for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(slope<S, K>(a, r, more, logit[k], p_k[u][k], c + k));
       } else {
 #pragma unroll
         for (int k = 0; k < N; k++) grad.v[k] = narrow<S>(unused_slope<A>(y));
@@ -514,13 +717,14 @@ __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K>
     if (has_loss) {
       const A x_i = load_one<S>(a.logits, at_x + i * a.logits.class_stride);
       const A p = kSoft<K> ? load_float<A>(a.probabilities, at_t + i * a.probabilities.class_stride) : A(0);
-      v = slope<S, K>(a, r, x_i, p, c);
+      v = slope<S, K>(a, r, more, x_i, p, c);
       if (!kSoft<K> && c == y) label_here = true, x_y = x_i;
     }
     store_one<S>(a.grad_logits, at_out + i * a.grad_logits.class_stride, v);
   }
-  if (label_here) {  // over what the loops wrote there: one expm1 a row instead of one an element
-    store_one<S>(a.grad_logits, at_out + (y - begin) * a.grad_logits.class_stride, slope_at_label(a, r, x_y, y));
+  if (label_here && (!kFull<K> || has_loss)) {  // over what the loops wrote there: one expm1 a row instead of one an element
+    store_one<S>(a.grad_logits, at_out + (y - begin) * a.grad_logits.class_stride,
+                 slope_at_label<S, K>(a, r, more, x_y, y));
   }
 }
 
@@ -554,9 +758,9 @@ __device__ __forceinline__ void load_pixels(const RowArgs<AccOf<S>>& a, int64_t 
 
 template <class S, Target K>
 __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
-    forward_pixels(const __grid_constant__ RowArgs<AccOf<S>> a, int slices) {
+    forward_pixels(const __grid_constant__ ArgsOf<S, K> a, int slices) {
   using A = AccOf<S>;
-  using State = RowState<K, A>;
+  using State = StateOf<K, A>;
   const int pixels = blockDim.x / slices, slice = threadIdx.x / pixels;
   const int64_t row = int64_t(blockIdx.x) * pixels + threadIdx.x % pixels;
   const bool exists = row < a.rows.count;
@@ -569,17 +773,17 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
     const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) : 0;
     for (int64_t group = 0; group < a.classes; group += step * (kGroup / kUnroll)) {
       const int64_t end = group + step * (kGroup / kUnroll) < a.classes ? group + step * (kGroup / kUnroll) : a.classes;
-      Reader<S, K> reader;
+      ReaderOf<S, K> reader;
       for (int64_t first = group + slice; first < end; first += step) {
         A x[kUnroll][1], q[kUnroll][1];
         bool inside[kUnroll];
         load_pixels<S, K>(a, at_x, at_t, first, slices, end, x, q, inside);
 #pragma unroll
         for (int u = 0; u < kUnroll; u++) {
-          x[u][0] = inside[u] ? x[u][0] : minus_infinity<A>();
+          x[u][0] = inside[u] ? transformed(a, x[u][0]) : minus_infinity<A>();
           q[u][0] = inside[u] ? mass_of<K>(a, q[u][0], first + u * slices) : A(0);
         }
-        reader.push(a, x, q, inside);
+        reader.push(a, x, q, inside, first, slices);
       }
       all.merge(reader.state(a));
     }
@@ -595,14 +799,16 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
 
 template <class S, Target K>
 __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
-    backward_pixels(const __grid_constant__ RowArgs<AccOf<S>> a, int slices) {
+    backward_pixels(const __grid_constant__ ArgsOf<S, K> a, int slices) {
   using A = AccOf<S>;
   const int pixels = blockDim.x / slices, slice = threadIdx.x / pixels;
   const int64_t row = int64_t(blockIdx.x) * pixels + threadIdx.x % pixels;
   if (row >= a.rows.count) return;
   const int64_t y = label<K>(a, row);
-  RowGrad<A> r = load_row_grad<A>(a, row);
+  RowGrad<A> r = load_row_grad<K, A>(a, row);
+  const MoreOf<S, K> more(a, row);
   r.divide();
+  const bool has_loss = used<K>(y) && !masked(a, r);
   const int64_t at_x = offset_of(a.rows, a.logits, row), at_out = offset_of(a.rows, a.grad_logits, row);
   const int64_t at_t = kSoft<K> ? offset_of(a.rows, a.probabilities, row) : 0;
   bool label_here = false;
@@ -610,18 +816,18 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
   for (int64_t first = slice; first < a.classes; first += int64_t(slices) * kUnroll) {
     A x[kUnroll][1], t[kUnroll][1];
     bool inside[kUnroll];
-    if (used<K>(y)) load_pixels<S, K>(a, at_x, at_t, first, slices, a.classes, x, t, inside);
+    if (has_loss) load_pixels<S, K>(a, at_x, at_t, first, slices, a.classes, x, t, inside);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
       const int64_t c = first + u * slices;
       if (c >= a.classes) break;
-      const A v = used<K>(y) ? slope<S, K>(a, r, x[u][0], t[u][0], c) : unused_slope<A>(y);
+      const A v = has_loss ? slope<S, K>(a, r, more, x[u][0], t[u][0], c) : unused_slope<A>(y);
       if (!kSoft<K> && c == y) label_here = true, x_y = x[u][0];
       store_one<S>(a.grad_logits, at_out + c * a.grad_logits.class_stride, v);
     }
   }
-  if (label_here) {
-    store_one<S>(a.grad_logits, at_out + y * a.grad_logits.class_stride, slope_at_label(a, r, x_y, y));
+  if (label_here && (!kFull<K> || has_loss)) {
+    store_one<S>(a.grad_logits, at_out + y * a.grad_logits.class_stride, slope_at_label<S, K>(a, r, more, x_y, y));
   }
 }
 
@@ -669,22 +875,28 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // ---- launching
 
-template <class S>
+template <class S, class Args>
 struct CrossEntropy {
   using A = AccOf<S>;
-  using Args = CrossEntropyArgs;
+  static constexpr bool kAll = std::is_same_v<Args, TokenStatisticsArgs>;
 
   template <class F>
   static void visit_target(const Args& a, F&& f) {  // f(integral_constant<Target, K>)
-    if constexpr (kDtype<S> != Dtype::f64) {        // whose sums take any type of logits too
+    if constexpr (kAll) {
+      a.probabilities.data ? f(std::integral_constant<Target, Target::full_mixed>{})
+                           : f(std::integral_constant<Target, Target::full>{});
+      return;
+    } else if constexpr (kDtype<S> != Dtype::f64) {  // whose sums take any type of logits too
       if (a.probabilities.data && a.probabilities.dtype != kDtype<S>) {
         return f(std::integral_constant<Target, Target::mixed>{});
       }
     }
-    if (a.probabilities.data) return f(std::integral_constant<Target, Target::soft>{});
-    if (a.label_smoothing > 0 && a.weight) return f(std::integral_constant<Target, Target::weighted>{});
-    if (a.label_smoothing > 0) return f(std::integral_constant<Target, Target::smooth>{});
-    return f(std::integral_constant<Target, Target::hard>{});
+    if constexpr (!kAll) {
+      if (a.probabilities.data) return f(std::integral_constant<Target, Target::soft>{});
+      if (a.label_smoothing > 0 && a.weight) return f(std::integral_constant<Target, Target::weighted>{});
+      if (a.label_smoothing > 0) return f(std::integral_constant<Target, Target::smooth>{});
+      return f(std::integral_constant<Target, Target::hard>{});
+    }
   }
 
   struct Plan {
@@ -712,8 +924,9 @@ struct CrossEntropy {
     return p;
   }
 
+  using State = StateOf<kAll ? Target::full : Target::soft, A>;  // no other is larger
   static int64_t state_bytes(const Args& a, const Plan& p) {
-    return p.parts > 1 && !p.clusters ? a.rows.count * p.parts * int64_t(sizeof(RowState<Target::soft, A>)) : 0;
+    return p.parts > 1 && !p.clusters ? a.rows.count * p.parts * int64_t(sizeof(State)) : 0;
   }
   static int64_t forward_scratch(const Args& a, const Device& d) {
     const Plan p = plan(a, d);
@@ -735,7 +948,7 @@ struct CrossEntropy {
   template <Target K>
   static void launch_rows(const Args& a, const Device& d, const Plan& p, void* scratch) {
     const auto stream = static_cast<cudaStream_t>(d.stream);
-    auto* const states = static_cast<RowState<K, A>*>(scratch);
+    auto* const states = static_cast<StateOf<K, A>*>(scratch);
     const dim3 grid(unsigned(p.blocks), unsigned(p.parts));
     if (p.parts == 1 || p.clusters) {
       return launch(forward_rows<S, K>, grid, p.row.threads, stream, p.parts, a, p.spread, nullptr);
@@ -771,16 +984,16 @@ struct CrossEntropy {
         return launch(backward_pixels<S, K>, dim3(unsigned(p.blocks)), kPixelThreads, stream, 1, a, p.slices);
       }
       const dim3 grid(unsigned(p.blocks), unsigned(p.parts));
-      if constexpr (!kSoft<K>) {
+      if constexpr (!kSoft<K> && !kFull<K>) {
         if (shifted(a)) return launch(backward_rows<S, K, true>, grid, p.row.threads, stream, 1, a, p.spread);
       }
       launch(backward_rows<S, K, false>, grid, p.row.threads, stream, 1, a, p.spread);
     });
   }
 
-  static int compiled_for() { return cuda::compiled_for(forward_rows<S, Target::hard>); }
+  static int compiled_for() { return cuda::compiled_for(forward_rows < S, kAll ? Target::full : Target::hard >); }
 
-  static constexpr CrossEntropyKernels kernels = {compiled_for, forward_scratch, forward, backward};
+  static constexpr RowKernels<Args> kernels = {compiled_for, forward_scratch, forward, backward};
 };
 
 }  // namespace cece::cuda

@@ -3,5 +3,6 @@
 #include "cross_entropy.cuh"
 
 namespace cece::cuda {
-const Kernels kF16 = {CrossEntropy<__half>::kernels, BinaryCrossEntropyOf<__half>::kernels};
+const Kernels kF16 = {CrossEntropy<__half, CrossEntropyArgs>::kernels,
+                      CrossEntropy<__half, TokenStatisticsArgs>::kernels, BinaryCrossEntropyOf<__half>::kernels};
 }

@@ -3,5 +3,6 @@
 #include "cross_entropy.cuh"
 
 namespace cece::cuda {
-const Kernels kF32 = {CrossEntropy<float>::kernels, BinaryCrossEntropyOf<float>::kernels};
+const Kernels kF32 = {CrossEntropy<float, CrossEntropyArgs>::kernels, CrossEntropy<float, TokenStatisticsArgs>::kernels,
+                      BinaryCrossEntropyOf<float>::kernels};
 }

@@ -3,5 +3,6 @@
 #include "cross_entropy.cuh"
 
 namespace cece::cuda {
-const Kernels kF64 = {CrossEntropy<double>::kernels, BinaryCrossEntropyOf<double>::kernels};
+const Kernels kF64 = {CrossEntropy<double, CrossEntropyArgs>::kernels,
+                      CrossEntropy<double, TokenStatisticsArgs>::kernels, BinaryCrossEntropyOf<double>::kernels};
 }

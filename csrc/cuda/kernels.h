@@ -12,11 +12,12 @@ struct Device {
 };
 
 // Each function only launches. `scratch` is device memory of at least the size its _scratch function asks for.
-struct CrossEntropyKernels {
+template <class Args>
+struct RowKernels {
   int (*compiled_for)();  // the architecture that the current device's code comes from, 90 for sm_90
-  int64_t (*forward_scratch)(const CrossEntropyArgs&, const Device&);  // bytes
-  void (*forward)(const CrossEntropyArgs&, const Device&, void* scratch);
-  void (*backward)(const CrossEntropyArgs&, const Device&);
+  int64_t (*forward_scratch)(const Args&, const Device&);  // bytes
+  void (*forward)(const Args&, const Device&, void* scratch);
+  void (*backward)(const Args&, const Device&);
 };
 struct BinaryCrossEntropyKernels {
   int64_t (*forward_scratch)(const BinaryCrossEntropyArgs&);  // bytes
@@ -24,7 +25,8 @@ struct BinaryCrossEntropyKernels {
   void (*backward)(const BinaryCrossEntropyArgs&, const Device&);
 };
 struct Kernels {
-  CrossEntropyKernels cross_entropy;
+  RowKernels<CrossEntropyArgs> cross_entropy;
+  RowKernels<TokenStatisticsArgs> token_statistics;
   BinaryCrossEntropyKernels binary_cross_entropy;
 };
 

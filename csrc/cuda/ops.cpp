@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
   const c10::DeviceGuard guard(logits.device());
   CrossEntropyCall call = check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
   CrossEntropyOutputs out = allocate_outputs(call);
-  const CrossEntropyKernels& k = kernels(call.shapes.acc, call.logits).cross_entropy;
+  const auto& k = kernels(call.shapes.acc, call.logits).cross_entropy;
   const Device device = current_device(logits);
   const Tensor memory = scratch(k.forward_scratch(call.args, device), logits);
   k.forward(call.args, device, memory.mutable_data_ptr());
@@ -101,6 +101,54 @@ void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Ten
                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
                              double label_smoothing) {
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
+}
+
+// ---- all statistics of a row
+
+TokenOutputs token_statistics_forward(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
+                                      int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
+                                      bool skip_masked_rows, int64_t wanted) {
+  const c10::DeviceGuard guard(logits.device());
+  TokenStatisticsCall call = check_token_statistics(
+      logits, target, weight, {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows});
+  const TokenOutputs out = allocate_token_outputs(call.rows.shapes, logits, wanted);
+  point_at(call.args, out);
+  const auto& k = kernels(call.rows.shapes.acc, call.rows.logits).token_statistics;
+  const Device device = current_device(logits);
+  const Tensor memory = scratch(k.forward_scratch(call.args, device), logits);
+  k.forward(call.args, device, memory.mutable_data_ptr());
+  check_launch();
+  return out;
+}
+
+void write_token_gradient(const TokenGrads& grads, const Tensor& logits, const MaybeTensor& target,
+                          const MaybeTensor& weight, const Tensor& stats, const TokenOptions& o,
+                          const Tensor& grad_logits) {
+  const c10::DeviceGuard guard(logits.device());
+  TokenStatisticsCall call = check_token_statistics(logits, target, weight, o, &grad_logits);
+  point_at(call, target, grads, stats);
+  kernels(call.rows.shapes.acc, call.rows.logits).token_statistics.backward(call.args, current_device(logits));
+  check_launch();
+  deliver(call.rows.grad_logits, grad_logits);
+}
+
+Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g_entropy,
+                                 const MaybeTensor& g_logsumexp, const MaybeTensor& g_collision, const Tensor& logits,
+                                 const MaybeTensor& target, const MaybeTensor& weight, const Tensor& stats,
+                                 int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
+                                 bool skip_masked_rows) {
+  Tensor grad_logits = at::empty_like(logits);
+  write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, grad_logits);
+  return grad_logits;
+}
+
+void token_statistics_backward_(const MaybeTensor& g_loss, const MaybeTensor& g_entropy, const MaybeTensor& g_logsumexp,
+                                const MaybeTensor& g_collision, const Tensor& logits, const MaybeTensor& target,
+                                const MaybeTensor& weight, const Tensor& stats, int64_t ignore_index,
+                                double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows) {
+  write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, logits);
 }
 
 // ---- binary cross-entropy
@@ -136,6 +184,9 @@ void register_all(torch::Library& m) {
   m.impl("cross_entropy_forward", cross_entropy_forward);
   m.impl("cross_entropy_backward", cross_entropy_backward);
   m.impl("cross_entropy_backward_", cross_entropy_backward_);
+  m.impl("token_statistics_forward", token_statistics_forward);
+  m.impl("token_statistics_backward", token_statistics_backward);
+  m.impl("token_statistics_backward_", token_statistics_backward_);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
 }

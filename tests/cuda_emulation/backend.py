@@ -20,6 +20,9 @@ OPERATORS = [
     "cross_entropy_forward",
     "cross_entropy_backward",
     "cross_entropy_backward_",
+    "token_statistics_forward",
+    "token_statistics_backward",
+    "token_statistics_backward_",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_backward",
 ]
