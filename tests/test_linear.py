@@ -1,6 +1,7 @@
 """Losses of logits that are never held, against the logits' own losses in float64 (cece.reference)."""
 
 import copy
+import inspect
 import itertools
 import pickle
 import subprocess
@@ -753,6 +754,13 @@ def test_module_is_torchs():
     theirs = torch.nn.LinearCrossEntropyLoss(5, 11, bias=True, dtype=torch.float64)
     ours = cece.LinearCrossEntropyLoss(5, 11, bias=True, dtype=torch.float64)
     assert isinstance(ours, torch.nn.LinearCrossEntropyLoss)
+    for a, b in (
+        (cece.linear_cross_entropy, F.linear_cross_entropy),
+        (cece.LinearCrossEntropyLoss.__init__, torch.nn.LinearCrossEntropyLoss.__init__),
+        (cece.LinearCrossEntropyLoss.forward, torch.nn.LinearCrossEntropyLoss.forward),
+    ):
+        a, b = ([(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (a, b))
+        assert a[: len(b)] == b
     ours.load_state_dict(theirs.state_dict())
     x, t = torch.randn(7, 5, **f64), torch.randint(11, (7,))
     close(ours(x, t), theirs(x, t))
