@@ -164,8 +164,8 @@ def linear_cross_entropy(
         logit_scale: a factor of the logits.
         softcap: the logits are ``softcap * tanh(logits / softcap)``, after ``logit_scale``.
         skip_masked_rows: a row whose logits are all -inf has loss and gradient 0; else NaN.
-        chunk_size: rows whose logits are held at a time. None: a tenth of the rows, in whole 64s, but no fewer than 64
-            or than fill 16 MiB with logits, no more than 4096.
+        chunk_size: rows whose logits are held at a time. None: a fourteenth of the rows, in whole 48s, but no fewer
+            than 48 or than fill 16 MiB with logits, and no more than 4096.
 
     Returns:
         The loss in nats, float32 (float64 if input or probabilities are): a scalar, with ``'none'`` the rows' shape.
