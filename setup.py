@@ -311,6 +311,7 @@ def units():
         "csrc/cuda/ops.cpp" if toolkit else "csrc/cuda/none.cpp": [
             f"-I{toolkit.home / 'include'}" if toolkit else f'-DCECE_CUDA_LEFT_OUT="{left_out}"'
         ],
+        "csrc/linear.cpp": [],
         "csrc/meta.cpp": [],
         "csrc/ops.cpp": [],
         "csrc/module.cpp": [

@@ -131,6 +131,8 @@ CONTENDERS = {"cece": Cece, "cece in place": CeceInPlace, "eager": Eager, "compi
 
 
 def contenders(case):
+    if hasattr(case, "contenders"):  # a case that is no loss of logits alone
+        return case.contenders()
     names = [n for n in CONTENDERS if n != "cece in place" or (case.loss == "cross_entropy" and not case.eager)]
     tensors = case.tensors()
     return {name: CONTENDERS[name](case, *tensors) for name in names}, byte_model(*tensors[:2])

@@ -22,6 +22,7 @@ from .functional import (  # noqa: E402
     check_targets,
     cross_entropy,
 )
+from .linear import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_statistics  # noqa: E402
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss  # noqa: E402
 from .rows import TokenStatistics, entropy, token_statistics  # noqa: E402
 
@@ -30,6 +31,7 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "TokenStatistics",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -41,6 +43,8 @@ __all__ = [
     "entropy",
     "js_divergence",
     "kl_divergence",
+    "linear_cross_entropy",
+    "linear_token_statistics",
     "patch",
     "reference",
     "token_statistics",

@@ -139,6 +139,78 @@ def token_statistics_backward(
     return _masked(r, out, log_sum, skip_masked_rows).to(logits.dtype)
 
 
+class _Linear:
+    """One call of a linear loss: its logits, of which plain torch holds all, and what their gradient makes of them."""
+
+    def __init__(self, input, linear_weight, linear_bias, target, weight, options, wanted):
+        self.target, self.weight, self.options, self.wanted = target, weight, options, wanted
+        self.shapes, acc = (input.shape, linear_weight.shape, linear_weight.shape[:-1]), _acc(input)
+        self.x, self.matrix, self.used = input.to(acc), linear_weight.to(acc).flatten(0, -2), None
+        if target is not None and target.dim() < linear_weight.dim():
+            used = ops.used_labels(target, options[0])
+            self.used = (used if used.dim() == 1 else used.flatten(1).any(1)).unsqueeze(1)
+            self.x = torch.where(self.used, self.x, 0)
+        bias = None if linear_bias is None else linear_bias.to(acc).flatten()
+        logits = torch.nn.functional.linear(self.x, self.matrix, bias)
+        self.logits = logits.reshape(input.shape[0], *linear_weight.shape[:-1])
+        self.plain = wanted == 1 and target is not None and options[2:] == (1, 0, False)
+
+    def rows(self):
+        if not self.plain:
+            return ops.TOKEN_STATISTICS(self.logits, self.target, self.weight, *self.options, self.wanted)
+        loss, stats, _ = ops.CROSS_ENTROPY(self.logits, self.target, self.weight, ops.NONE, *self.options[:2])
+        none = self.logits.new_empty(0)
+        return loss, none, none, none, none, stats
+
+    def gradients(self, grads, stats, wanted, dtype):
+        args = self.logits, self.target, self.weight, stats
+        if self.plain:
+            one = stats.new_ones(())
+            g = ops.CROSS_ENTROPY_BACKWARD(grads[0], *args, one, ops.NONE, *self.options[:2])
+        else:
+            g = ops.TOKEN_STATISTICS_BACKWARD(*grads, *args, *self.options)
+        g = g.reshape(g.shape[0], -1)
+        x = g @ self.matrix if wanted & 1 else None
+        x = x if x is None or self.used is None else torch.where(self.used, x, 0)
+        out = x, g.t() @ self.x if wanted & 2 else None, g.sum(0) if wanted & 4 else None
+        return tuple(
+            g.new_empty(0, dtype=dtype) if t is None else t.reshape(shape).to(dtype)
+            for t, shape in zip(out, self.shapes, strict=True)
+        )
+
+
+def linear_cross_entropy(input, linear_weight, linear_bias, target, weight, token_weight, *options, gradients=0):
+    *row, _, _, z_loss, reduction = options[:9]
+    gradients = options[9] if len(options) > 9 else gradients
+    row, soft = tuple(row), target.dim() == linear_weight.dim()
+    call = _Linear(input, linear_weight, linear_bias, target, weight, row, 1 if z_loss == 0 else 5)
+    loss, _, lse, _, _, stats = call.rows()
+    losses = loss if z_loss == 0 else loss + z_loss * lse.square()
+    used = torch.ones_like(losses, dtype=torch.bool) if soft else ops.used_labels(target, row[0])
+    if row[4]:
+        used = used & (stats[1] > -float("inf"))
+    f = torch.ones_like(losses) if token_weight is None else torch.where(used, token_weight.to(losses.dtype), 0)
+    value = f * torch.where((f == 0) & losses.isinf(), 0, losses)
+    share = torch.ones_like(losses) if soft else ops.label_weights(target, weight, row[0], losses.dtype)
+    total = torch.where(used, share, 0).sum() if reduction == ops.MEAN else torch.ones_like(losses.sum())
+    if reduction == ops.NONE:
+        none = losses.new_empty(0)
+        return (value, *(none,) * 5)
+    grads = f, None, None if z_loss == 0 else f * lse * (2 * z_loss), None
+    found = call.gradients(grads, stats, gradients, _acc(input)) if gradients else (call.x.new_empty(0),) * 3
+    return value.sum() / total, losses, total, *found
+
+
+def linear_token_statistics_forward(input, linear_weight, linear_bias, target, weight, *options):
+    return _Linear(input, linear_weight, linear_bias, target, weight, options[:5], options[7]).rows()
+
+
+def linear_token_statistics_backward(*args):
+    grads, (input, linear_weight, linear_bias, target, weight, stats), options = args[:4], args[4:10], args[10:]
+    call = _Linear(input, linear_weight, linear_bias, target, weight, options[:5], options[7])
+    return call.gradients(grads, stats, options[8], input.dtype)
+
+
 def _softplus(x):  # of both signs: log(1 + e^x), log(1 + e^-x)
     rest = (-x.abs()).exp().log1p()
     return x.clamp_min(0) + rest, (-x).clamp_min(0) + rest
@@ -238,6 +310,9 @@ def decompositions() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
             ops.CROSS_ENTROPY_BACKWARD: cross_entropy_backward,
             ops.TOKEN_STATISTICS: token_statistics_forward,
             ops.TOKEN_STATISTICS_BACKWARD: token_statistics_backward,
+            ops.LINEAR_CROSS_ENTROPY: linear_cross_entropy,
+            ops.LINEAR_TOKEN_STATISTICS: linear_token_statistics_forward,
+            ops.LINEAR_TOKEN_STATISTICS_BACKWARD: linear_token_statistics_backward,
             ops.BCE: binary_cross_entropy_forward,
             ops.BCE_BACKWARD: binary_cross_entropy_backward,
             ops.DIVERGENCE: divergence_forward,

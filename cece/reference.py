@@ -55,6 +55,44 @@ def cross_entropy(
     return _reduce(loss, reduction, total if normalizer is None else normalizer)
 
 
+def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None = None) -> Tensor:
+    """(..., C, d...) of input (..., in), linear_weight (C, d..., in) and linear_bias (C, d...)."""
+    logits = torch.tensordot(input, linear_weight, ([-1], [-1]))
+    return logits if linear_bias is None else logits + linear_bias
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """:func:`cross_entropy` of the logits, input of shape (in) or (N, in)."""
+    return cross_entropy(
+        linear_logits(input, linear_weight, linear_bias),
+        target,
+        weight,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        token_weight=token_weight,
+        normalizer=normalizer,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+
+
 def token_statistics(
     logits: Tensor, target: Tensor | None = None, *, temperature: float = 1.0, ignore_index: int = -100, dim: int = 1
 ) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 inline bool present(const MaybeTensor& t) { return t.has_value() && t->defined(); }
+inline MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
 
 inline std::optional<Dtype> dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {

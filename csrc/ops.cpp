@@ -53,4 +53,26 @@ TORCH_LIBRARY(cece, m) {
       "divergence_backward(Tensor grad, Tensor logits, Tensor other, Tensor? mask, Tensor stats, float temperature, "
       "bool symmetric, bool of_other) -> Tensor",
       tags);
+  // Behind a matrix, in chunks of rows; sizes in linear.h. losses: each row's before its token_weight; total: what the
+  // loss is divided by; the gradients: of the undivided sum, those that bits 1 input, 2 linear_weight, 4 linear_bias of
+  // `gradients` ask for. compact: rows without a label are left out, their count read on the host.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+      "Tensor? token_weight, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
+      "bool skip_masked_rows, int chunk_size, bool compact, float z_loss, int reduction, int gradients=0) -> "
+      "(Tensor loss, Tensor losses, Tensor total, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+  m.def(
+      "linear_token_statistics_forward(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "
+      "Tensor? weight, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
+      "bool skip_masked_rows, int chunk_size, bool compact, int wanted) -> (Tensor loss, Tensor entropy, "
+      "Tensor logsumexp, Tensor collision, Tensor argmax, Tensor stats)",
+      tags);
+  m.def(
+      "linear_token_statistics_backward(Tensor? grad_loss, Tensor? grad_entropy, Tensor? grad_logsumexp, "
+      "Tensor? grad_collision, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? target, "
+      "Tensor? weight, Tensor stats, int ignore_index, float label_smoothing, float logit_scale, float softcap, "
+      "bool skip_masked_rows, int chunk_size, bool compact, int wanted, int gradients) -> (Tensor grad_input, "
+      "Tensor grad_weight, Tensor grad_bias)",
+      tags);
 }

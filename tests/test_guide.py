@@ -23,7 +23,12 @@ GUIDE = re.search(r"^## Guide\n(.*?)^## ", (HERE.parents[1] / "README.md").read_
 SNIPPETS = dict(re.findall(r"^### (.+?)\n\n```python\n(.*?)^```", GUIDE, re.M | re.S))
 RANKS = {"DistributedDataParallel": 2, "FSDP": 2, "DTensor": 2}  # processes; one for others
 SECONDS = 240
-LIBRARY = {"Hugging Face Trainer": "transformers", "Lightning": "lightning", "timm": "timm"}
+LIBRARY = {
+    "Hugging Face Trainer": "transformers",
+    "Hugging Face Trainer without logits": "transformers",
+    "Lightning": "lightning",
+    "timm": "timm",
+}
 
 
 def usable(library):
@@ -48,6 +53,12 @@ class LanguageModel(torch.nn.Module):
     def forward(self, input_ids):
         return types.SimpleNamespace(logits=self.layers(input_ids))
 
+    def base_model(self, input_ids):
+        return types.SimpleNamespace(last_hidden_state=self.layers[0](input_ids))
+
+    def get_output_embeddings(self):
+        return self.layers[1]
+
 
 class TrainingArguments:
     def __init__(self, output_dir, *, num_train_epochs, gradient_accumulation_steps):
@@ -57,8 +68,11 @@ class TrainingArguments:
 class Trainer:
     """Sums the loss over the batches of a step; the loss divides by the step's number of labels."""
 
-    def __init__(self, model, args, *, train_dataset, compute_loss_func):
+    def __init__(self, model, args, *, train_dataset, compute_loss_func=None):
         self.model, self.args, self.dataset, self.loss = model, args, train_dataset, compute_loss_func
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.loss(model(inputs["input_ids"]), inputs["labels"], num_items_in_batch=num_items_in_batch)
 
     def train(self):
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
@@ -68,7 +82,7 @@ class Trainer:
                 step = batches[i : i + self.args.steps]
                 count = sum((b["labels"][:, 1:] != -100).sum() for b in step)
                 for b in step:
-                    self.loss(self.model(b["input_ids"]), b["labels"], num_items_in_batch=count).backward()
+                    self.compute_loss(self.model, b, num_items_in_batch=count).backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -124,9 +138,9 @@ def prelude(name, real):
     """What the guide calls yours, the same model on each rank and other data."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    if name == "Hugging Face Trainer" and not real:
+    if LIBRARY.get(name) == "transformers" and not real:
         model = LanguageModel()
-    elif name == "Hugging Face Trainer":
+    elif LIBRARY.get(name) == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel
 
         model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=16))
@@ -149,12 +163,23 @@ def counted(functions, modules):
         calls.append("cross_entropy")
         return functions.cross_entropy(*args, **options)
 
+    def linear_cross_entropy(input, linear_weight, target, *, linear_bias, normalizer):
+        calls.append("linear_cross_entropy")
+        if functions is cece:
+            return cece.linear_cross_entropy(
+                input, linear_weight, target, linear_bias=linear_bias, normalizer=normalizer
+            )
+        logits = functions.linear(input, linear_weight, linear_bias)
+        loss = functions.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
+        return loss / normalizer
+
     class CrossEntropyLoss(modules.CrossEntropyLoss):
         def forward(self, input, target):
             calls.append("CrossEntropyLoss")
             return super().forward(input, target)
 
-    return types.SimpleNamespace(cross_entropy=cross_entropy, CrossEntropyLoss=CrossEntropyLoss), calls
+    losses = {f.__name__: f for f in (cross_entropy, linear_cross_entropy, CrossEntropyLoss)}
+    return types.SimpleNamespace(**losses), calls
 
 
 def parameters(model):

@@ -25,7 +25,6 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kNone = 0, kMean = 1;
 
 inline Tensor get(const MaybeTensor& t) { return t.has_value() ? *t : Tensor(); }
-inline MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
 
 // A tensor of numbers in memory: no wrapper, batch, view with a changed sign or the like between them and the kernel.
 inline bool plain(const Tensor& t) {

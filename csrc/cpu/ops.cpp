@@ -10,6 +10,7 @@
 #include "../check.h"
 #include "../module.h"
 #include "kernels.h"
+#include "memory.h"
 #include "pages.h"
 
 namespace cece {
@@ -75,11 +76,14 @@ struct GradientAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
+GradientAllocator& gradient_allocator() {
+  static GradientAllocator& allocator = *new GradientAllocator;  // never destroyed: tensors may outlive it
+  return allocator;
+}
 Tensor empty_gradient(const Tensor& like) {
   if (size_t(like.numel()) * like.element_size() < Pages::kLeast) return at::empty_like(like);
-  static GradientAllocator& allocator = *new GradientAllocator;  // never destroyed: tensors may outlive it
   const Tensor plain = at::empty_like(like, like.options().device(c10::kMeta));  // its strides
-  return at::detail::empty_strided_generic(plain.sizes(), plain.strides(), &allocator,
+  return at::detail::empty_strided_generic(plain.sizes(), plain.strides(), &gradient_allocator(),
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), like.scalar_type());
 }
 
@@ -309,6 +313,12 @@ Tensor divergence_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
 }
 
 }  // namespace
+
+Tensor empty_gradient(at::IntArrayRef sizes, at::ScalarType type) {
+  return at::detail::empty_generic(sizes, &gradient_allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU), type,
+                                   std::nullopt);
+}
+
 }  // namespace cpu
 
 void empty_cache() { cpu::Pages::global().drop(); }

@@ -16,6 +16,9 @@ assert_type(cece.binary_cross_entropy_with_logits(logits, truth, pos_weight=weig
 assert_type(cece.binary_cross_entropy(logits.sigmoid(), truth, reduction="sum"), torch.Tensor)
 assert_type(cece.kl_divergence(logits, logits.detach(), temperature=2, reduction="batchmean"), torch.Tensor)
 assert_type(cece.js_divergence(logits, truth, mask=labels > 1, normalizer=3.0), torch.Tensor)
+assert_type(cece.linear_cross_entropy(logits, torch.rand(9, 5), labels, z_loss=0.1, normalizer=6), torch.Tensor)
+assert_type(cece.linear_token_statistics(logits, torch.rand(9, 5), labels).log_prob, torch.Tensor | None)
+assert_type(cece.LinearCrossEntropyLoss(5, 9, bias=True).forward(logits, labels), torch.Tensor)
 cece.check_targets(labels, num_classes=5, ignore_index=3)
 modules: list[torch.nn.Module] = [cece.CrossEntropyLoss(weight), cece.BCEWithLogitsLoss(), cece.BCELoss(weight)]
 assert_type(cece.CrossEntropyLoss(ignore_index=3).forward(logits, labels), torch.Tensor)
