@@ -163,14 +163,13 @@ __device__ __forceinline__ void for_elements(const BinaryCrossEntropyArgs& a, co
   }
 }
 
-template <class S>  // on a multiprocessor: 128, 80 or 64 registers a thread
-constexpr int kElementBlocks = kDtype<S> == Dtype::f64   ? 2
-                               : kDtype<S> == Dtype::f16 ? 3
-                                                         : 4;
+// On a multiprocessor, 128, 80 or 64 registers a thread; kMore: one fewer, for targets of any type in forward.
+template <class S, bool kMore = false>
+constexpr int kElementBlocks = kDtype<S> == Dtype::f64 ? 2 : (kDtype<S> == Dtype::f16 ? 3 : 4) - kMore;
 
 // The sum of a thread's losses goes on in double; a block leaves one partial sum.
 template <class S, class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, std::is_void_v<T>>)
     binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts,
                    Sums* partial) {
   using A = AccOf<S>;
@@ -187,7 +186,11 @@ __global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
     }
     sum.a += together;
     if (!losses) return;
-    store_run(losses + i, loss);
+    if constexpr (N > 1) {
+      store_run(losses + i, loss);
+    } else {
+      losses[i] = loss.v[0];
+    }
   });
   if (!partial) return;
   sum = merge_group(sum, blockDim.x);

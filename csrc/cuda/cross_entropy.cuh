@@ -30,8 +30,10 @@ constexpr int kResident = kDtype<S> == Dtype::f64                        ? 1
 template <class S, Target K>  // of rows in packs that straddle those of the logits, which are held twice
 constexpr int kShiftedResident = kDtype<S> == Dtype::f64 || K == Target::weighted || kFull<K> ? 2 : kMinBlocks;
 
-template <class S, Target K>  // fewer than with rows, for the eight addresses
-constexpr int kPixelResident = kResident<S, K> < kMinBlocks ? kResident<S, K> : kMinBlocks;
+template <class S, Target K, int P>  // fewer than with rows, for the eight addresses, and for two pixels
+constexpr int kPixelResident = P == 2 && K == Target::smooth  ? 2
+                               : kResident<S, K> < kMinBlocks ? kResident<S, K>
+                                                              : kMinBlocks;
 
 template <class A>
 struct RowArgs : CrossEntropyArgs {
@@ -768,7 +770,7 @@ __device__ __forceinline__ void load_pixels(const RowArgs<AccOf<S>>& a, int64_t 
 }
 
 template <class S, Target K, int P>
-__global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
+__global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K, P>)
     forward_pixels(const __grid_constant__ ArgsOf<S, K> a, int slices) {
   using A = AccOf<S>;
   using State = StateOf<K, A>;
@@ -825,7 +827,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
 }
 
 template <class S, Target K, int P>
-__global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K>)
+__global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K, P>)
     backward_pixels(const __grid_constant__ ArgsOf<S, K> a, int slices) {
   using A = AccOf<S>;
   const int threads = blockDim.x / slices, slice = threadIdx.x / threads;
