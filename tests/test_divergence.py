@@ -109,6 +109,19 @@ def test_of_certain_rows(backend, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ties_and_blocks_without_a_class(backend, kind):
+    """Many maximal logits, and a run of impossible classes as long as what a kernel takes at a time."""
+    x, y = torch.randint(-1, 2, (2, 2100)).float(), torch.randint(-1, 2, (2, 2100)).float()
+    x[1, :1100] = y[1, :1100] = -INF
+    finite = [t.masked_fill(t == -INF, -1e4) for t in (x, y)]
+    value, gradients, scales = truth(kind, *finite)
+    ours = derived(KINDS[kind], x.to(backend.device), y.to(backend.device))
+    assert_as_good_as_torch(ours[0], value, what=kind)
+    for a, b, scale in zip(ours[1:], gradients, scales, strict=True):
+        assert_as_good_as_torch(a, b, scale=scale, what=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtypes", list(itertools.product(["float64", "float32", "float16", "bfloat16"], repeat=2)))
 def test_dtypes(backend, kind, dtypes):
     """Any of both; summed in float64 if one is, else float32, each gradient in its logits' dtype."""
