@@ -251,6 +251,28 @@ def test_rows_left_out(backend, kind, bad):
             torch.testing.assert_close(second, clean)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_nan_where_a_row_is_left_out(backend, kind):
+    x, y, v = (torch.randn(3, 5, **f64).to(backend.device) for _ in range(3))
+    mask, g = torch.tensor([True, False, True]).to(x.device), torch.tensor([1.0, NAN, 2.0], **f64).to(x.device)
+
+    def gradients(x, y):
+        return vjp(lambda x, y: KINDS[kind](x, y, mask=mask, reduction="none"), x, y)[1](g)
+
+    for derivative in (*gradients(x, y), *jvp(gradients, (x, y), (v, v))[1]):
+        assert not derivative[1].any() and derivative.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_order_of_certain_rows(kind):
+    """An infinite logit and impossible classes: 0, beside a row as usual."""
+    x = torch.tensor([[INF, 1.0, -INF], [0.3, 1.0, 2.0]], **f64)
+    y = torch.tensor([[INF, 0.0, 1.0], [0.1, 2.0, 1.0]], **f64)
+    v = torch.randn(2, 3, **f64), torch.randn(2, 3, **f64)
+    for change in jvp(grad(KINDS[kind], (0, 1)), (x, y), v)[1]:
+        assert not change[0].any() and change[1].all() and change.isfinite().all()
+
+
 # ---- reductions
 
 
