@@ -109,6 +109,19 @@ def test_of_certain_rows(backend, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ties_and_blocks_without_a_class(backend, kind):
+    """Many maximal logits, and a run of impossible classes as long as what a kernel takes at a time."""
+    x, y = torch.randint(-1, 2, (2, 2100)).float(), torch.randint(-1, 2, (2, 2100)).float()
+    x[1, :1100] = y[1, :1100] = -INF
+    finite = [t.masked_fill(t == -INF, -1e4) for t in (x, y)]
+    value, gradients, scales = truth(kind, *finite)
+    ours = derived(KINDS[kind], x.to(backend.device), y.to(backend.device))
+    assert_as_good_as_torch(ours[0], value, what=kind)
+    for a, b, scale in zip(ours[1:], gradients, scales, strict=True):
+        assert_as_good_as_torch(a, b, scale=scale, what=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtypes", list(itertools.product(["float64", "float32", "float16", "bfloat16"], repeat=2)))
 def test_dtypes(backend, kind, dtypes):
     """Any of both; summed in float64 if one is, else float32, each gradient in its logits' dtype."""
@@ -236,6 +249,28 @@ def test_rows_left_out(backend, kind, bad):
             for g in (*first, *second):
                 assert not g[1].any() and g.isfinite().all() and g[0].any()
             torch.testing.assert_close(second, clean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_nan_where_a_row_is_left_out(backend, kind):
+    x, y, v = (torch.randn(3, 5, **f64).to(backend.device) for _ in range(3))
+    mask, g = torch.tensor([True, False, True]).to(x.device), torch.tensor([1.0, NAN, 2.0], **f64).to(x.device)
+
+    def gradients(x, y):
+        return vjp(lambda x, y: KINDS[kind](x, y, mask=mask, reduction="none"), x, y)[1](g)
+
+    for derivative in (*gradients(x, y), *jvp(gradients, (x, y), (v, v))[1]):
+        assert not derivative[1].any() and derivative.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_order_of_certain_rows(kind):
+    """An infinite logit and impossible classes: 0, beside a row as usual."""
+    x = torch.tensor([[INF, 1.0, -INF], [0.3, 1.0, 2.0]], **f64)
+    y = torch.tensor([[INF, 0.0, 1.0], [0.1, 2.0, 1.0]], **f64)
+    v = torch.randn(2, 3, **f64), torch.randn(2, 3, **f64)
+    for change in jvp(grad(KINDS[kind], (0, 1)), (x, y), v)[1]:
+        assert not change[0].any() and change[1].all() and change.isfinite().all()
 
 
 # ---- reductions
