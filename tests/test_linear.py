@@ -624,6 +624,30 @@ def test_export_and_decompositions():
     close(plain.module()(x[:3], t[:3]), model(x[:3], t[:3]))
 
 
+@pytest.mark.parametrize("deep", [False, True], ids=["flat", "deep"])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_decompositions_are_the_operators(soft, deep):
+    from cece import _decompositions as plain
+
+    x, w, t, b = tensors(soft, deep)
+    tw, weight = torch.rand(7, *w.shape[1:-1], **f64), torch.rand(11, **f64)
+    ops = torch.ops.cece
+    for scale, z_loss, wanted, reduction in ((1.0, 0.0, 1, 1), (0.5, 0.1, 15, 2), (1.0, 0.1, 5, 0)):
+        options = (-100, 0.1, scale, 0.0, False, 3, True)
+        args = (x, w, b, t, weight, tw, *options, z_loss, reduction, 0 if reduction == 0 else 7)
+        rows = (x, w, b, t, weight, *options, wanted)
+        stats = ops.linear_token_statistics_forward(*rows)[-1]
+        grads = [torch.rand_like(tw) if wanted >> i & 1 else None for i in range(4)]
+        back = (*grads, *rows[:5], stats, *options, wanted, 7)
+        for name, given in (
+            ("linear_cross_entropy", args),
+            ("linear_token_statistics_forward", rows),
+            ("linear_token_statistics_backward", back),
+        ):
+            for ours, truth in zip(getattr(plain, name)(*given), getattr(ops, name)(*given), strict=True):
+                close(ours, truth, 1e-10, what=f"{name} {given[5:]}")
+
+
 def test_meta():
     x, w, t, b = (v.to("meta") for v in tensors(dtype=torch.bfloat16))
     x.requires_grad_()
