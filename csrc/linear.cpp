@@ -147,8 +147,8 @@ struct Linear {
     if (!bad.any().item<bool>()) return;
     const int64_t row = bad.flatten().nonzero()[0].item<int64_t>(), label = labels.flatten()[row].item<int64_t>();
     TORCH_CHECK_INDEX(false, "cece.linear_cross_entropy: Target ", label, " is out of bounds: target",
-                      position(target.sizes(), row), " must be in [0, ", classes, ") or equal ignore_index (",
-                      ignore_index, "), got ", label);
+                      position(target.sizes(), logical_order(target.dim()), row), " must be in [0, ", classes,
+                      ") or equal ignore_index (", ignore_index, "), got ", label);
   }
 
   // visit(first, n) for each chunk; once, with no row, where there are none.
