@@ -1,8 +1,18 @@
 """All CPU benchmarks into one JSON file: python -m benchmarks [--quick] [--only NAME] [--out FILE.json]"""
 
-from . import bench_binary_cross_entropy, bench_cross_entropy, bench_divergence, bench_token_statistics
+from . import (
+    bench_binary_cross_entropy,
+    bench_cross_entropy,
+    bench_divergence,
+    bench_linear,
+    bench_token_statistics,
+)
 from .harness import main
 
 main(
-    bench_cross_entropy.CASES + bench_token_statistics.CASES + bench_divergence.CASES + bench_binary_cross_entropy.CASES
+    bench_cross_entropy.CASES
+    + bench_token_statistics.CASES
+    + bench_linear.CASES
+    + bench_divergence.CASES
+    + bench_binary_cross_entropy.CASES
 )

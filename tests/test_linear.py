@@ -367,12 +367,13 @@ def test_third_order(reduction):
 
 def test_gradients_of_probabilities_and_class_weights():
     x, w, t, b = tensors(soft=True)
-    for reduction in REDUCTIONS:
+    for reduction, asked in itertools.product(REDUCTIONS, ([0, 1, 2, 3, 4], [0, 2], [4])):
         results = []
         for module in (cece, reference):
-            args = [v.detach().requires_grad_() for v in (x, w, t, b, torch.arange(1.0, 12, **f64))]
+            args = [v.detach().clone() for v in (x, w, t, b, torch.arange(1.0, 12, **f64))]
+            wanted = [args[i].requires_grad_() for i in asked]
             value = module.linear_cross_entropy(*args[:3], linear_bias=args[3], weight=args[4], reduction=reduction)
-            results.append(torch.autograd.grad(value.square().sum(), args))
+            results.append(torch.autograd.grad(value.square().sum(), wanted))
         for ours, truth in zip(*results, strict=True):
             close(ours, truth)
 
@@ -623,6 +624,30 @@ def test_export_and_decompositions():
     close(plain.module()(x[:3], t[:3]), model(x[:3], t[:3]))
 
 
+@pytest.mark.parametrize("deep", [False, True], ids=["flat", "deep"])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_decompositions_are_the_operators(soft, deep):
+    from cece import _decompositions as plain
+
+    x, w, t, b = tensors(soft, deep)
+    tw, weight = torch.rand(7, *w.shape[1:-1], **f64), torch.rand(11, **f64)
+    ops = torch.ops.cece
+    for scale, z_loss, wanted, reduction in ((1.0, 0.0, 1, 1), (0.5, 0.1, 15, 2), (1.0, 0.1, 5, 0)):
+        options = (-100, 0.1, scale, 0.0, False, 3, True)
+        args = (x, w, b, t, weight, tw, *options, z_loss, reduction, 0 if reduction == 0 else 7)
+        rows = (x, w, b, t, weight, *options, wanted)
+        stats = ops.linear_token_statistics_forward(*rows)[-1]
+        grads = [torch.rand_like(tw) if wanted >> i & 1 else None for i in range(4)]
+        back = (*grads, *rows[:5], stats, *options, wanted, 7)
+        for name, given in (
+            ("linear_cross_entropy", args),
+            ("linear_token_statistics_forward", rows),
+            ("linear_token_statistics_backward", back),
+        ):
+            for ours, truth in zip(getattr(plain, name)(*given), getattr(ops, name)(*given), strict=True):
+                close(ours, truth, 1e-10, what=f"{name} {given[5:]}")
+
+
 def test_meta():
     x, w, t, b = (v.to("meta") for v in tensors(dtype=torch.bfloat16))
     x.requires_grad_()
@@ -737,8 +762,10 @@ def test_errors(name, device):
 
 def test_position_of_a_bad_label():
     """Of the whole target, also in a later chunk and behind ignored rows."""
-    bad = torch.tensor([[0, 1], [-100, -100], [2, 3], [4, 9]])
-    with pytest.raises(IndexError, match=r"Target 9 is out of bounds: target\[3, 1\] must be in \[0, 5\)"):
+    bad = torch.tensor([[0, 1], [-100, -100], [2, 3], [4, 5]])
+    with pytest.raises(
+        IndexError, match=r"cece.linear_cross_entropy: Target 5 is out of bounds: target\[3, 1\] must be in \[0, 5\)"
+    ):
         cece.linear_cross_entropy(x, torch.zeros(5, 2, 3), bad, chunk_size=1)
 
 
