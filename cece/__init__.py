@@ -21,13 +21,35 @@ from .functional import (  # noqa: E402
     check_targets,
     cross_entropy,
 )
-from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss  # noqa: E402
+from .modules import (  # noqa: E402
+    AsymmetricLoss,
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    MultilabelCrossEntropyLoss,
+    PairwiseSigmoidLoss,
+    SigmoidFocalLoss,
+    SoftmaxFocalLoss,
+)
+from .multilabel import (  # noqa: E402
+    asymmetric_loss,
+    multilabel_cross_entropy,
+    pairwise_sigmoid_loss,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 
 __version__ = build_info()["version"]
 __all__ = [
+    "AsymmetricLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "MultilabelCrossEntropyLoss",
+    "PairwiseSigmoidLoss",
+    "SigmoidFocalLoss",
+    "SoftmaxFocalLoss",
+    "asymmetric_loss",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "build_info",
@@ -35,8 +57,12 @@ __all__ = [
     "cross_entropy",
     "decompositions",
     "empty_cache",
+    "multilabel_cross_entropy",
+    "pairwise_sigmoid_loss",
     "patch",
     "reference",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
 ]
 
 

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _script
 from ._script import reduction_number, scripted_as
-from .ops import BCE, CROSS_ENTROPY
+from .ops import BCE, CROSS_ENTROPY, FOCAL, ON_PROBABILITIES, WITH_LOGITS
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits", "check_targets", "cross_entropy"]
 
@@ -161,6 +161,13 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    normalizer: Tensor | float | None = None,
+    mean_dim: int | None = None,
+    poly: float = 0.0,
 ) -> Tensor:
     """Sigmoid and binary cross-entropy of *logits*, one loss an element: a yes or no each, or several labels a sample.
 
@@ -171,22 +178,42 @@ def binary_cross_entropy_with_logits(
         input: logits, any shape; float64, float32, float16 or bfloat16; any strides, without a copy.
         target: the truth, input's shape: floating point (in [0, 1], not checked), bool or integer, without a copy.
         weight: a factor for each element, any floating dtype, broadcastable to input's shape.
-        reduction: ``'none'``, ``'mean'`` over all elements, or ``'sum'``.
+        reduction: ``'none'``, ``'mean'`` over all elements that are not masked, or ``'sum'``.
         pos_weight: a factor for the positive term, typically (C); broadcastable to input's shape.
+        label_smoothing: s in [0, 1]: the truth counts as ``(1 - s) y + s / 2``.
+        mask: bool, broadcastable to input's shape; where it is False, loss and gradient are 0, whatever is there, and
+            the element does not count in the mean.
+        ignore_index: elements of this truth are masked; for integer truths.
+        normalizer: what ``'mean'`` divides the sum by: a number, or a tensor of one, which is never waited for.
+        mean_dim: ``'mean'`` is one along this dimension only, and sums up the means: 1 for a mean over classes and a
+            sum over samples, 0 for the reverse. With a mask each mean is over what is not masked, 0 where all is.
+        poly: e adds ``e (1 - p)`` to the loss, p the probability of what is so: PolyLoss's Poly-1.
 
     Returns:
         The loss in nats, float32 (float64 if input, target or weight is): a scalar, or with ``'none'`` input's shape.
 
     Raises:
-        ValueError: target's shape is not input's, or an unknown reduction.
+        ValueError: target's shape is not input's, an unknown reduction, or options that do not go together.
         RuntimeError: any other shape, dtype or device that does not fit.
+        TypeError: an argument of the wrong type.
+        NotImplementedError: mask, ignore_index, normalizer or mean_dim with DTensors.
 
-    Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.2.
+    Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.2; poly: Leng et al. (2022), PolyLoss, 4.
     """
-    if has_torch_function_variadic(input, target, weight, pos_weight):
+    options: dict[str, Any] = {}
+    if not (label_smoothing == 0 and poly == 0 and mask is ignore_index is normalizer is mean_dim is None):
+        options = {
+            "label_smoothing": label_smoothing,
+            "mask": mask,
+            "ignore_index": ignore_index,
+            "normalizer": normalizer,
+            "mean_dim": mean_dim,
+            "poly": poly,
+        }
+    if has_torch_function_variadic(input, target, weight, pos_weight, mask):
         return handle_torch_function(
             binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
+            (input, target, weight, pos_weight, mask),
             input,
             target,
             weight=weight,
@@ -194,13 +221,56 @@ def binary_cross_entropy_with_logits(
             reduce=reduce,
             reduction=reduction,
             pos_weight=pos_weight,
+            **options,  # as in cross_entropy
         )
     optional: dict[str, object] = {"weight": weight, "pos_weight": pos_weight}
     _check_tensors("binary_cross_entropy_with_logits", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy_with_logits", size_average, reduce, reduction)
+    if options:
+        label_smoothing = _float("binary_cross_entropy_with_logits", "label_smoothing", label_smoothing)
+        poly = _float("binary_cross_entropy_with_logits", "poly", poly)
+        kind, own = (WITH_LOGITS, [0.0] * 4) if poly == 0 else (FOCAL, [1.0, 1.0, 0.0, poly])
+        return elementwise(
+            "binary_cross_entropy_with_logits",
+            kind,
+            own,
+            number,
+            (input, target, weight, pos_weight),
+            label_smoothing,
+            mask=mask,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            mean_dim=mean_dim,
+        )
     if dtensor := _dtensor_among(input, target, weight, pos_weight):
-        return dtensor.binary_cross_entropy(input, target, weight, pos_weight, True, number)
-    return BCE(input, target, weight, pos_weight, True, number)
+        name = "binary_cross_entropy_with_logits"
+        return dtensor.binary_cross_entropy(name, input, target, weight, pos_weight, WITH_LOGITS, number)
+    return BCE(input, target, weight, pos_weight, WITH_LOGITS, number)
+
+
+def elementwise(
+    loss: str,
+    kind: int,
+    own: list[float],
+    reduction: int,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    label_smoothing: float,
+    **options: Any,
+) -> Tensor:
+    """What the elementwise losses have in common: the types of mask, ignore_index, normalizer and mean_dim."""
+    _check_tensors(loss, {}, {"mask": options["mask"]})
+    for name in ("ignore_index", "mean_dim"):
+        if options[name] is not None:
+            options[name] = _integer(loss, name, options[name])
+    if options["normalizer"] is not None and not isinstance(options["normalizer"], Tensor):
+        options["normalizer"] = _float(loss, "normalizer", options["normalizer"])
+    if dtensor := _dtensor_among(*tensors, options["mask"]):
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise NotImplementedError(f"cece.{loss}: {given[0]} of DTensors is not implemented; pass it to each rank")
+        parameters = [1.0 - label_smoothing, 0.5 * label_smoothing, *own]
+        return dtensor.binary_cross_entropy(loss, *tensors, kind, reduction, parameters)
+    return _script.elementwise(loss, kind, own, reduction, *tensors, label_smoothing, **options)
 
 
 @scripted_as(_script.binary_cross_entropy)
@@ -248,8 +318,10 @@ def binary_cross_entropy(
     _check_tensors("binary_cross_entropy", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy", size_average, reduce, reduction)
     if dtensor := _dtensor_among(input, target, weight):
-        return dtensor.binary_cross_entropy(input, target, weight, None, False, number)
-    return BCE(input, target, weight, None, False, number)
+        return dtensor.binary_cross_entropy(
+            "binary_cross_entropy", input, target, weight, None, ON_PROBABILITIES, number
+        )
+    return BCE(input, target, weight, None, ON_PROBABILITIES, number)
 
 
 @scripted_as(_script.check_targets)

@@ -15,6 +15,7 @@
 // infinity (`times`); a loss that is NaN stays NaN, whatever its factor, as its gradient does.
 #pragma once
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -253,16 +254,22 @@ CECE_HD T weighted(T weight, T loss) {
   return select(equal(loss, loss), times(weight, loss), loss);
 }
 
+// Each loss is an object with `loss` and `slope`, the loss's derivative in x, of an input x, a truth y and a pos_weight
+// p. All other derivatives, of every order, come from these two (autograd/number.h), so neither may hide one: a value
+// that is not selected is made finite before it is divided by.
+
 // On logits: (1 - y) softplus(x) + p y softplus(-x), with softplus(x) = max(x, 0) + log1p(e^{-|x|}) and p the
 // pos_weight. Of max(x, 0) and max(-x, 0) one is 0 and the other |x|. The textbook's
 // max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
 struct BinaryCrossEntropyWithLogits {
   static constexpr bool kProbabilities = false;
 
+  CECE_HD explicit BinaryCrossEntropyWithLogits(const double*) {}
+
   template <class T, class E = Exp>
   CECE_HD static T loss(T x, T y, T pos_weight, E exp = E()) {
     const T negative = T(1) - y, positive = pos_weight * y;
-    const T wrong = select(greater(x, T(0)), negative, positive);  // the mass on the other side of x
+    const T wrong = select(greater(T(0), x), positive, negative);  // the mass on the other side of x
     return times(wrong, abs_(x)) + (negative + positive) * log1p_unit(exp(-abs_(x)));
   }
   // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential
@@ -279,25 +286,180 @@ struct BinaryCrossEntropyWithLogits {
 struct BinaryCrossEntropy {
   static constexpr bool kProbabilities = true;
 
-  template <class T>
-  CECE_HD static T capped(T minus_log) {
-    return select(greater(minus_log, T(100)), T(100), minus_log);
-  }
+  CECE_HD explicit BinaryCrossEntropy(const double*) {}
+
   template <class T, class E = Exp>
   CECE_HD static T loss(T x, T y, T, E = E()) {
-    return y * capped(-log_(x)) + (T(1) - y) * capped(-log1p_minus(x));
+    return y * minus_log(x) + (T(1) - y) * minus_log_of_rest(x);
   }
+  // (1 - y) / (1 - x) - y / x, whose derivative does not cancel, where (x - y) / (x (1 - x)) would have one that does
   template <class T, class E = Exp>
   CECE_HD static T slope(T x, T y, T, E = E()) {
-    const T variance = (T(1) - x) * x, least = T(1e-12);
-    return (x - y) / select(greater(least, variance), least, variance);
+    const auto clamped = greater(T(1e-12), (T(1) - x) * x);
+    const T inside = select(clamped, T(0.5), x);
+    return select(clamped, (x - y) * T(1e12), (T(1) - y) / (T(1) - inside) - y / inside);
+  }
+  template <class T>
+  CECE_HD static T minus_log(T x) {
+    const auto cut = greater(T(3.7200759760208361e-44), x);  // e^-100
+    return select(cut, T(100), -log_(select(cut, T(1), x)));
   }
   // log(1 - x): the rounding of 1 - x, which is known exactly, is put back to first order.
   template <class T>
-  CECE_HD static T log1p_minus(T x) {
+  CECE_HD static T minus_log_of_rest(T x) {
     const T q = T(1) - x, lost = (T(1) - q) - x;
-    return select(equal(q, T(0)), log_(q), log_(q) + lost / q);
+    const auto cut = equal(q, T(0));
+    const T rest = select(cut, T(1), q);
+    return select(cut, T(100), -(log_(rest) + lost / rest));
   }
 };
+
+// sigmoid(x), sigmoid(-x) = 1 - sigmoid(x), and minus the logarithm of each, from one exponential.
+template <class T>
+struct Sigmoid {
+  T p, rest;             // p + rest = 1
+  T cost, cost_of_rest;  // -log p = softplus(-x), -log rest = softplus(x)
+
+  template <class E>
+  CECE_HD Sigmoid(T x, E exp) : Sigmoid(x, abs_(x), exp(-abs_(x))) {}
+
+ private:
+  CECE_HD Sigmoid(T x, T size, T z) : Sigmoid(greater(T(0), x), size, z, reciprocal_unit(T(1) + z), log1p_unit(z)) {}
+  template <class Mask>
+  CECE_HD Sigmoid(Mask below, T size, T z, T big, T least)
+      : p(select(below, z * big, big)),
+        rest(select(below, big, z * big)),
+        cost(select(below, size + least, least)),
+        cost_of_rest(select(below, least, size + least)) {}
+};
+
+// q^e for q in [0, 1] and e >= 0. Whole factors are multiplied, so that q^2 has the bits that q has; what is left is
+// e^(r log q), off by |r log q| units of the last place.
+template <class A>
+struct Power {
+  int whole;
+  A rest;
+
+  CECE_HD explicit Power(double e) : whole(e <= 8 ? int(e) : 0), rest(A(e - whole)) {}
+  template <class T>
+  CECE_HD T operator()(T q) const {
+    T power = T(1);
+    if (rest != A(0)) {
+      const auto none = equal(q, T(0));
+      power = select(none, T(0), exp_nonpositive(T(rest) * log_(select(none, T(1), q))));
+    }
+    for (int i = 0; i < whole; i++) power = power * q;
+    return power;
+  }
+};
+
+// On logits: a q^gamma (l + poly q'), with the binary cross-entropy l, the probability q = (1 - y) sigmoid(x) +
+// y sigmoid(-x) that the model gives to what is not so, q' the same with the pos_weight in its second term, as in l,
+// and a the weight `negative` at y = 0, `positive` at y = 1. gamma = 0 leaves the cross-entropy with its poly term.
+// (Lin et al. 2017, "Focal Loss for Dense Object Detection"; Leng et al. 2022, "PolyLoss", section 4, for poly.)
+template <class A>
+struct SigmoidFocal {
+  static constexpr bool kProbabilities = false;
+  A positive, negative, gamma, poly;
+  Power<A> power;
+
+  CECE_HD explicit SigmoidFocal(const double* own)
+      : positive(A(own[0])), negative(A(own[1])), gamma(A(own[2])), poly(A(own[3])), power(own[2]) {}
+
+  template <class T, class E = Exp>
+  CECE_HD T loss(T x, T y, T pos_weight, E exp = E()) const {
+    const Parts<T> l(*this, x, y, pos_weight, exp);
+    return times(l.factor, power(l.q) * l.cost);
+  }
+  // Of q^gamma, gamma q^gamma (dq / q): finite for a gamma below 1 too. The derivative of sigmoid(x) is p rest.
+  template <class T, class E = Exp>
+  CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
+    const Parts<T> l(*this, x, y, pos_weight, exp);
+    const T both = l.s.p * l.s.rest, relative = (l.no - y) * (both / select(equal(l.q, T(0)), T(1), l.q));
+    const T cost_slope = (l.no * l.s.p - l.yes * l.s.rest) + T(poly) * ((l.no - l.yes) * both);
+    return l.factor * (power(l.q) * (T(gamma) * times(relative, l.cost) + cost_slope));
+  }
+
+ private:
+  template <class T>
+  struct Parts {
+    Sigmoid<T> s;
+    T no, yes, factor, q, cost;
+
+    template <class E>
+    CECE_HD Parts(const SigmoidFocal& of, T x, T y, T pos_weight, E exp)
+        : s(x, exp),
+          no(T(1) - y),
+          yes(pos_weight * y),
+          factor(T(of.positive) * y + T(of.negative) * no),
+          q(no * s.p + y * s.rest),
+          cost((times(no, s.cost_of_rest) + times(yes, s.cost)) + T(of.poly) * (no * s.p + yes * s.rest)) {}
+  };
+};
+
+// On logits, the two outcomes each with a focus of its own, and negatives that are certain enough left alone:
+//   y = 1:  -(1 - p)^gamma_pos log p         y = 0:  -m^gamma_neg log(1 - m), m = max(p - clip, 0)
+// and in between both, by y and 1 - y. (Ridnik et al. 2021, "Asymmetric Loss for Multi-Label Classification", eq. 7.)
+template <class A>
+struct Asymmetric {
+  static constexpr bool kProbabilities = false;
+  A gamma_pos, gamma_neg, clip;
+  Power<A> of_pos, of_neg;
+
+  CECE_HD explicit Asymmetric(const double* own)
+      : gamma_pos(A(own[0])), gamma_neg(A(own[1])), clip(A(own[2])), of_pos(own[0]), of_neg(own[1]) {}
+
+  template <class T, class E = Exp>
+  CECE_HD T loss(T x, T y, T pos_weight, E exp = E()) const {
+    const Sigmoid<T> s(x, exp);
+    const Negative<T> n(s, clip);
+    return times(pos_weight * y, of_pos(s.rest) * s.cost) + times(T(1) - y, of_neg(n.m) * n.cost);
+  }
+  template <class T, class E = Exp>
+  CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
+    const Sigmoid<T> s(x, exp);
+    const Negative<T> n(s, clip);
+    const T up = of_neg(n.m) * (T(gamma_neg) * n.relative + n.cost_slope);
+    const T down = of_pos(s.rest) * (T(gamma_pos) * times(s.p, s.cost) + s.rest);
+    return (T(1) - y) * up - pos_weight * y * down;
+  }
+
+ private:
+  template <class T>
+  struct Negative {
+    T m, cost;     // max(p - clip, 0), -log(1 - m)
+    T relative;    // (dm / m) cost
+    T cost_slope;  // dm / (1 - m)
+
+    CECE_HD Negative(const Sigmoid<T>& s, A clip) : m(s.p), cost(s.cost_of_rest), relative(T(0)), cost_slope(s.p) {
+      if (clip == A(0)) {
+        relative = times(s.rest, s.cost_of_rest);
+        return;
+      }
+      const auto outside = greater(T(clip), s.p);
+      m = select(outside, T(0), s.p - T(clip));
+      const T q = select(outside, T(1), s.rest + T(clip));  // 1 - m; what it lost in rounding counts where m is small
+      cost = -(log_(q) + select(greater(q, T(0.5)), (T(1) - q) - m, T(0)) / q);
+      const T dm = select(outside, T(0), s.p * s.rest);
+      relative = dm * (cost / select(equal(m, T(0)), T(1), m));
+      cost_slope = dm / q;
+    }
+  };
+};
+
+// The table of elementwise losses: f(loss), by the operators' `kind` and its own parameters.
+template <class A, class F>
+inline void visit_loss(int64_t kind, const double* own, F&& f) {
+  switch (kind) {
+    case 0:
+      return f(BinaryCrossEntropy(own));
+    case 1:
+      return f(BinaryCrossEntropyWithLogits(own));
+    case 2:
+      return f(SigmoidFocal<A>(own));
+    default:
+      return f(Asymmetric<A>(own));
+  }
+}
 
 }  // namespace cece
