@@ -271,10 +271,14 @@ def pairwise_sigmoid_loss(
             f"cece.pairwise_sigmoid_loss: input must be logits (N, M), or input (N, D) and other (M, D), got {shapes}"
         )
     number = reduction_number("pairwise_sigmoid_loss", None, None, reduction)
-    if scale is not None:
-        input = input * scale  # of the embeddings, which are fewer than the pairs
+    if isinstance(scale, Tensor):  # of the embeddings, which are fewer than the pairs
+        input = input * scale
+    elif scale is not None:
+        input = input * scale
     logits = input if other is None else input @ other.t()
-    if bias is not None:
+    if isinstance(bias, Tensor):
+        logits = logits + bias
+    elif bias is not None:
         logits = logits + bias
     rows = logits.size(0)
     if rows > logits.size(1):

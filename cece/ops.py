@@ -142,10 +142,16 @@ def _batch_in_front(dims, *tensors):
     return [lift(t, d) for t, d in zip(tensors, dims, strict=True)]
 
 
+def _dims(in_dims, args):
+    """One batch dimension or None for each argument: those left out have none, and a list of numbers has one in all."""
+    dims = [*in_dims, *[None] * (len(args) - len(in_dims))]
+    return [d if isinstance(a, torch.Tensor) else None for a, d in zip(args, dims, strict=True)]
+
+
 @torch.library.register_vmap("cece::binary_cross_entropy_forward")
 def _(info, in_dims, input, target, weight, pos_weight, kind, reduction, mask=None, own=(), offsets=None, padding=None):
     size, args = info.batch_size, (input, target, weight, pos_weight, kind, reduction, mask, own, offsets, padding)
-    dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
+    dims = _dims(in_dims, args)
     one = _one(BCE, dims, args)
     if size == 0:
         return _nothing(input, one)
@@ -187,7 +193,7 @@ def _(
         info.batch_size,
         (grad, input, target, weight, pos_weight, kind, reduction, mask, own, offsets, padding),
     )
-    dims = (*in_dims, *[None] * (len(args) - len(in_dims)))
+    dims = _dims(in_dims, args)
     one = _one(BCE_BACKWARD, dims, args)
     if size == 0:
         return _nothing(input, one)
@@ -195,7 +201,7 @@ def _(
         return _loop(BCE_BACKWARD, size, dims, args)
     if reduction == COUNTED:
         grad = grad[0] if dims[0] is None else grad.movedim(dims[0], 0)[:, 0]
-        dims = (None if dims[0] is None else 0, *dims[1:])
+        dims[0] = None if dims[0] is None else 0
     tensors = _batch_in_front([*dims[:5], dims[7]], grad, input, target, weight, pos_weight, mask)
     grad, input, target, weight, pos_weight, mask = tensors
     input, target = input.expand(size, *input.shape[1:]), target.expand(size, *target.shape[1:])

@@ -112,9 +112,12 @@ def asymmetric_loss(
     """``-y (1 - p)^gamma_pos log p - (1 - y) m^gamma_neg log(1 - m)``, with ``m = max(p - clip, 0)``."""
     y = _smoothed(target, input, label_smoothing)
     down = -torch.nn.functional.logsigmoid(input)
-    m = (input.sigmoid() - clip).clamp_min(0)
+    p = input.sigmoid()
+    above = p > clip
+    m = torch.where(above, p - clip, 0.5)  # 0.5: a power below 1 has no derivative at 0
     rest = -torch.nn.functional.logsigmoid(-input) if clip == 0 else -torch.log1p(-m)
-    loss = y * (-input).sigmoid() ** gamma_pos * down + (1 - y) * m**gamma_neg * rest
+    negative = torch.where(above, m**gamma_neg * rest, 0)
+    loss = y * (-input).sigmoid() ** gamma_pos * down + (1 - y) * negative
     return _elements(loss, weight, reduction, mask)
 
 

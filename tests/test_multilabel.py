@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import DTYPES, assert_as_good_as_torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -75,9 +76,7 @@ def errors(case, x, y, p):
 @pytest.mark.parametrize("case", LOSSES)
 def test_loss_and_gradient(backend, case, dtype):
     name, _ = LOSSES[case]
-    for shape, target in itertools.product([(), (33, 31), (2, 5000)], (None, torch.bool, torch.int32)):
-        if backend.name == "emulated" and len(shape) == 2 and target is torch.int32:
-            continue
+    for shape, target in (((), None), ((3, 1025), None), ((33, 31), torch.bool)):  # a block and one, tails of lanes
         x = (torch.randn(shape) * 6).to(dtype)
         y = torch.rand(shape).to(dtype) if target is None else torch.randint(2, shape).to(target)
         p = {"weight": torch.rand(shape[-1:])}
@@ -87,7 +86,7 @@ def test_loss_and_gradient(backend, case, dtype):
         narrow = torch.float64 if dtype is torch.float64 else torch.float32
         scales = errors(case, x.double(), y.double(), wide)
         g = torch.randn(shape)
-        for reduction in REDUCTIONS:
+        for reduction in ("none", "mean"):
             results = []
             for f, as_dtype, q, device in (
                 (both(case)[1], torch.float64, wide, "cpu"),
@@ -143,7 +142,8 @@ def test_other_libraries_formulas():
         ours = partial(cece.multilabel_cross_entropy, x, label, label_smoothing=smoothing)
         same_digits(ours(), timms_bce(x, label, smoothing))
         same_digits(ours(mean_dim=0), timms_bce(x, label, smoothing, sum_classes=True))
-    same_digits(cece.sigmoid_focal_loss(x, hard, -1, 0), F.binary_cross_entropy_with_logits(x, hard, reduction="none"))
+    plain = F.binary_cross_entropy_with_logits(x, hard, reduction="none")
+    same_digits(cece.sigmoid_focal_loss(x, hard, -1, 0), plain, 1e-10)
     same_digits(  # Keras's smoothing
         cece.binary_cross_entropy_with_logits(x, hard, label_smoothing=0.2),
         F.binary_cross_entropy_with_logits(x, hard * 0.8 + 0.1),
@@ -152,24 +152,24 @@ def test_other_libraries_formulas():
 
 # x, truth, the loss and its slope there
 FAR = [
-    ("focal", {"alpha": -1}, 1e4, 0.0, 1e4, 1.0),
-    ("focal", {"alpha": -1}, -1e4, 1.0, 1e4, -1.0),
-    ("focal", {"alpha": -1}, -1e4, 0.0, 0.0, 0.0),
+    ("focal", {"alpha": -1}, 8192.0, 0.0, 8192.0, 1.0),
+    ("focal", {"alpha": -1}, -8192.0, 1.0, 8192.0, -1.0),
+    ("focal", {"alpha": -1}, -8192.0, 0.0, 0.0, 0.0),
     ("focal", {"alpha": -1}, inf, 1.0, 0.0, 0.0),
     ("focal", {"alpha": -1}, inf, 0.0, inf, 1.0),
     ("focal", {"alpha": 0.0}, -inf, 1.0, 0.0, 0.0),
     ("focal 0", {}, inf, 1.0, 0.0, 0.0),
-    ("focal 0", {}, 1e4, 0.0, 1e4, 1.0),
+    ("focal 0", {}, 8192.0, 0.0, 8192.0, 1.0),
     ("focal 0.5", {"alpha": -1}, -inf, 0.0, 0.0, 0.0),
     ("focal 0.5", {"alpha": -1}, -inf, 1.0, inf, -1.0),
-    ("poly", {}, 1e4, 0.0, 1e4 + 1.5, 1.0),
+    ("poly", {}, 8192.0, 0.0, 8193.5, 1.0),
     ("smoothing", {"label_smoothing": 0.0}, -inf, 0.0, 0.0, 0.0),
-    ("asymmetric", {}, -1e4, 1.0, 1e4, -1.0),
-    ("asymmetric", {}, 1e4, 0.0, -(0.95**4) * math.log(0.05), 0.0),
+    ("asymmetric", {}, -8192.0, 1.0, 8192.0, -1.0),
+    ("asymmetric", {}, 8192.0, 0.0, -(0.95**4) * math.log(0.05), 0.0),
     ("asymmetric", {}, -inf, 0.0, 0.0, 0.0),
     ("asymmetric", {}, inf, 1.0, 0.0, 0.0),
     ("asymmetric", {}, -3.0, 0.0, 0.0, 0.0),  # p below the clip
-    ("asymmetric, no clip", {}, 1e4, 0.0, 1e4, 1.0),
+    ("asymmetric, no clip", {}, 8192.0, 0.0, 8192.0, 1.0),
     ("asymmetric, no clip", {}, inf, 0.0, inf, 1.0),
     ("asymmetric, no clip", {}, -inf, 0.0, 0.0, 0.0),
 ]
@@ -182,7 +182,7 @@ def test_far_logits(backend):
         u = torch.tensor([x, nan, 0.5], dtype=dtype, device=backend.device).requires_grad_()
         ours = f(u, torch.full_like(u.detach(), y))
         (g,) = torch.autograd.grad(ours.sum(), u)
-        assert ours[0].item() == pytest.approx(float(torch.tensor(loss)), rel=1e-3 if abs(x) == 1e4 else 1e-6), (
+        assert ours[0].item() == pytest.approx(float(torch.tensor(loss)), rel=1e-3 if abs(x) == 8192.0 else 1e-6), (
             case,
             x,
         )
