@@ -89,7 +89,7 @@ CECE_HD float log1p_(float z) { return CECE_GPU(::log1pf(z), z, 1); }
 CECE_HD double log1p_(double z) { return ::log1p(z); }
 CECE_HD double log1p_unit(double z) { return ::log1p(z); }
 CECE_HD float fmadd(float a, float b, float c) { return a * b + c; }
-// 1 / d for 1 <= d <= 3, at most 1 ULP: a division has a branch for subnormals and overflows, which are none here.
+// 1 / d for 1 <= d <= 6, at most 1 ULP: a division has a branch for subnormals and overflows, which are none here.
 CECE_HD double reciprocal_unit(double d) { return 1 / d; }
 #if defined(__CUDA_ARCH__)
 CECE_HD float reciprocal_unit(float d) {
@@ -111,6 +111,9 @@ CECE_HD F log1p_of_ratio(F s) {
   return fmadd(twice * u, q, twice);
 }
 CECE_HD float log1p_unit(float z) { return log1p_of_ratio(z * reciprocal_unit(z + 2.f)); }
+// The same where 1 / (z + 2) is at hand
+CECE_HD float log1p_unit(float z, float one_over) { return log1p_of_ratio(z * one_over); }
+CECE_HD double log1p_unit(double z, double) { return ::log1p(z); }
 // log(z), for z in [0, 1]
 CECE_HD float log_(float z) { return CECE_GPU(::logf(z), z, 1); }
 CECE_HD double log_(double z) { return ::log(z); }
@@ -314,7 +317,8 @@ struct BinaryCrossEntropy {
   }
 };
 
-// sigmoid(x), sigmoid(-x) = 1 - sigmoid(x), and minus the logarithm of each, from one exponential.
+// sigmoid(x), sigmoid(-x) = 1 - sigmoid(x), and minus the logarithm of each, from one exponential z and one division:
+// 1 / (1 + z) and the 1 / (2 + z) of the logarithm are what is left of 1 / ((1 + z) (2 + z)).
 template <class T>
 struct Sigmoid {
   T p, rest;             // p + rest = 1
@@ -324,7 +328,10 @@ struct Sigmoid {
   CECE_HD Sigmoid(T x, E exp) : Sigmoid(x, abs_(x), exp(-abs_(x))) {}
 
  private:
-  CECE_HD Sigmoid(T x, T size, T z) : Sigmoid(greater(T(0), x), size, z, reciprocal_unit(T(1) + z), log1p_unit(z)) {}
+  CECE_HD Sigmoid(T x, T size, T z) : Sigmoid(greater(T(0), x), size, z, reciprocal_unit((T(1) + z) * (T(2) + z))) {}
+  template <class Mask>
+  CECE_HD Sigmoid(Mask below, T size, T z, T both)
+      : Sigmoid(below, size, z, (T(2) + z) * both, log1p_unit(z, (T(1) + z) * both)) {}
   template <class Mask>
   CECE_HD Sigmoid(Mask below, T size, T z, T big, T least)
       : p(select(below, z * big, big)),
@@ -338,18 +345,32 @@ struct Sigmoid {
 template <class A>
 struct Power {
   int whole;
-  A rest;
+  A rest, all;
 
-  CECE_HD explicit Power(double e) : whole(e <= 8 ? int(e) : 0), rest(A(e - whole)) {}
+  CECE_HD explicit Power(double e) : whole(e <= 8 ? int(e) : 0), rest(A(e - whole)), all(A(e)) {}
   template <class T>
   CECE_HD T operator()(T q) const {
-    T power = T(1);
+    return power(q, whole);
+  }
+  // The derivative of q^e cost, where those of q and of the cost are dq and d_cost. Below e = 1 what q^(e - 1) has too
+  // much is taken out of dq.
+  template <class T>
+  CECE_HD T slope(T q, T dq, T cost, T d_cost) const {
+    if (all == A(0)) return d_cost;
+    if (whole > 0) return power(q, whole - 1) * (T(all) * times(dq, cost) + q * d_cost);
+    return power(q, 0) * (T(all) * times(dq / select(equal(q, T(0)), T(1), q), cost) + d_cost);
+  }
+
+ private:
+  template <class T>
+  CECE_HD T power(T q, int factors) const {
+    T result = T(1);
     if (rest != A(0)) {
       const auto none = equal(q, T(0));
-      power = select(none, T(0), exp_nonpositive(T(rest) * log_(select(none, T(1), q))));
+      result = select(none, T(0), exp_nonpositive(T(rest) * log_(select(none, T(1), q))));
     }
-    for (int i = 0; i < whole; i++) power = power * q;
-    return power;
+    for (int i = 0; i < factors; i++) result = result * q;
+    return result;
   }
 };
 
@@ -360,24 +381,23 @@ struct Power {
 template <class A>
 struct SigmoidFocal {
   static constexpr bool kProbabilities = false;
-  A positive, negative, gamma, poly;
+  A positive, negative, poly;
   Power<A> power;
 
   CECE_HD explicit SigmoidFocal(const double* own)
-      : positive(A(own[0])), negative(A(own[1])), gamma(A(own[2])), poly(A(own[3])), power(own[2]) {}
+      : positive(A(own[0])), negative(A(own[1])), poly(A(own[3])), power(own[2]) {}
 
   template <class T, class E = Exp>
   CECE_HD T loss(T x, T y, T pos_weight, E exp = E()) const {
     const Parts<T> l(*this, x, y, pos_weight, exp);
     return times(l.factor, power(l.q) * l.cost);
   }
-  // Of q^gamma, gamma q^gamma (dq / q): finite for a gamma below 1 too. The derivative of sigmoid(x) is p rest.
   template <class T, class E = Exp>
   CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
     const Parts<T> l(*this, x, y, pos_weight, exp);
-    const T both = l.s.p * l.s.rest, relative = (l.no - y) * (both / select(equal(l.q, T(0)), T(1), l.q));
-    const T cost_slope = (l.no * l.s.p - l.yes * l.s.rest) + T(poly) * ((l.no - l.yes) * both);
-    return l.factor * (power(l.q) * (T(gamma) * times(relative, l.cost) + cost_slope));
+    const T dp = l.s.p * l.s.rest;  // the derivative of sigmoid(x)
+    const T d_cost = (l.no * l.s.p - l.yes * l.s.rest) + T(poly) * ((l.no - l.yes) * dp);
+    return l.factor * power.slope(l.q, (l.no - y) * dp, l.cost, d_cost);
   }
 
  private:
@@ -403,11 +423,10 @@ struct SigmoidFocal {
 template <class A>
 struct Asymmetric {
   static constexpr bool kProbabilities = false;
-  A gamma_pos, gamma_neg, clip;
+  A clip;
   Power<A> of_pos, of_neg;
 
-  CECE_HD explicit Asymmetric(const double* own)
-      : gamma_pos(A(own[0])), gamma_neg(A(own[1])), clip(A(own[2])), of_pos(own[0]), of_neg(own[1]) {}
+  CECE_HD explicit Asymmetric(const double* own) : clip(A(own[2])), of_pos(own[0]), of_neg(own[1]) {}
 
   template <class T, class E = Exp>
   CECE_HD T loss(T x, T y, T pos_weight, E exp = E()) const {
@@ -419,30 +438,25 @@ struct Asymmetric {
   CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
     const Sigmoid<T> s(x, exp);
     const Negative<T> n(s, clip);
-    const T up = of_neg(n.m) * (T(gamma_neg) * n.relative + n.cost_slope);
-    const T down = of_pos(s.rest) * (T(gamma_pos) * times(s.p, s.cost) + s.rest);
-    return (T(1) - y) * up - pos_weight * y * down;
+    const T down = of_pos.slope(s.rest, -(s.p * s.rest), s.cost, -s.rest);
+    return pos_weight * y * down + (T(1) - y) * of_neg.slope(n.m, n.dm, n.cost, n.d_cost);
   }
 
  private:
   template <class T>
   struct Negative {
-    T m, cost;     // max(p - clip, 0), -log(1 - m)
-    T relative;    // (dm / m) cost
-    T cost_slope;  // dm / (1 - m)
+    T m, dm;         // max(p - clip, 0) and its derivative
+    T cost, d_cost;  // -log(1 - m) and its derivative
 
-    CECE_HD Negative(const Sigmoid<T>& s, A clip) : m(s.p), cost(s.cost_of_rest), relative(T(0)), cost_slope(s.p) {
-      if (clip == A(0)) {
-        relative = times(s.rest, s.cost_of_rest);
-        return;
-      }
+    CECE_HD Negative(const Sigmoid<T>& s, A clip) : m(s.p), dm(s.p * s.rest), cost(s.cost_of_rest), d_cost(s.p) {
+      if (clip == A(0)) return;
       const auto outside = greater(T(clip), s.p);
       m = select(outside, T(0), s.p - T(clip));
-      const T q = select(outside, T(1), s.rest + T(clip));  // 1 - m; what it lost in rounding counts where m is small
-      cost = -(log_(q) + select(greater(q, T(0.5)), (T(1) - q) - m, T(0)) / q);
-      const T dm = select(outside, T(0), s.p * s.rest);
-      relative = dm * (cost / select(equal(m, T(0)), T(1), m));
-      cost_slope = dm / q;
+      dm = select(outside, T(0), dm);
+      const T q = select(outside, T(1), s.rest + T(clip)), one_over = T(1) / q;  // q = 1 - m
+      // what q lost in rounding counts where m is small
+      cost = -(log_(q) + select(greater(q, T(0.5)), (T(1) - q) - m, T(0)) * one_over);
+      d_cost = dm * one_over;
     }
   };
 };

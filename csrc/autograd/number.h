@@ -105,6 +105,7 @@ inline Number exp_nonpositive(const Number& x) {
   return {power, power * x.tangent};
 }
 inline Number log1p_unit(const Number& z) { return {z.value.tensor.log1p(), z.tangent / (z.value + 1)}; }
+inline Number log1p_unit(const Number& z, const Number&) { return log1p_unit(z); }
 inline Number log_(const Number& z) { return {z.value.tensor.log(), z.tangent / z.value}; }
 inline Number reciprocal_unit(const Number& d) {
   const Value one_over = Value(1) / d.value;

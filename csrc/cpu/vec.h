@@ -25,6 +25,8 @@ inline Vec<double> log_(Vec<double> x) { return x.log(); }
 CECE_VEC Vec<A> reciprocal_unit(Vec<A> d) { return Vec<A>(A(1)) / d; }
 inline Vec<double> log1p_unit(Vec<double> z) { return z.log1p(); }
 inline Vec<float> log1p_unit(Vec<float> z);  // below
+inline Vec<float> log1p_unit(Vec<float> z, Vec<float> one_over);
+inline Vec<double> log1p_unit(Vec<double> z, Vec<double>) { return z.log1p(); }
 
 // e^x for x <= 0 as scale * (1 + tail): x log2(e) = n + r with |r| <= 1/2, scale = 2^n, 1 + tail = 2^r by a minimax
 // polynomial of degree 6 (relative error 4e-9). kShift moves 2^64 from the one to the other: scale = 2^(n + kShift).
@@ -99,6 +101,9 @@ struct LaneOf<Vec<A>> {
 inline namespace CPU_CAPABILITY {
 inline __attribute__((always_inline)) Vec<float> log1p_unit(Vec<float> z) {
   return log1p_of_ratio(z / (z + Vec<float>(2.f)));  // at::vec::fmadd: found by its argument
+}
+inline __attribute__((always_inline)) Vec<float> log1p_unit(Vec<float> z, Vec<float> one_over) {
+  return log1p_of_ratio(z * one_over);
 }
 }  // namespace CPU_CAPABILITY
 }  // namespace cece
