@@ -41,7 +41,7 @@ MIN_TURN = 2e-3  # seconds: a turn repeats its step until the slowest contender 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the loss that `cece` and `torch.nn.functional` both know under this name."""
+    """A call of the loss that `cece` and `torch.nn.functional` both know under this name, or `eager` defines."""
 
     name: str
     loss: str
@@ -50,6 +50,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     logits: Callable = torch.randn  # (*shape) -> tensor
     options: dict = field(default_factory=dict)  # keyword arguments; a callable is called with the logits
+    eager: Callable | None = None  # the loss in torch, where torch.nn.functional has none
     for_torch: Callable = lambda logits, target: target  # the conversion torch needs of a target, part of its time
     must: dict = field(default_factory=dict)  # cece must be this many times faster than eager and compile; copy: slower
 
@@ -104,7 +105,7 @@ class CeceInPlace(Cece):
 
 class Eager(Step):
     def make_loss(self, case):
-        loss, convert = getattr(torch.nn.functional, case.loss), case.for_torch
+        loss, convert = case.eager or getattr(torch.nn.functional, case.loss), case.for_torch
         return lambda logits, target, **options: loss(logits, convert(logits, target), **options)
 
 

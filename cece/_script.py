@@ -131,10 +131,10 @@ def normalized(
         if normalizer is not None and mean_dim is not None:
             raise ValueError(f"cece.{loss}: normalizer and mean_dim must not be given both")
     if mean_dim is not None and mask is not None:  # each mean has a count of its own
-        if weight is None:
-            weight = torch.ones(1, dtype=torch.float32, device=input.device)
-        used = mask.expand(input.shape).to(weight.dtype).sum(mean_dim, keepdim=True)
-        weight = weight / used.clamp_min(1)
+        wide = input.dtype == torch.float64 or (weight is not None and weight.dtype == torch.float64)
+        used = mask.expand(input.shape).to(torch.float64 if wide else torch.float32).sum(mean_dim, keepdim=True)
+        share = 1 / used.clamp_min(1)
+        weight = share if weight is None else share * weight
         return forward(input, target, weight, pos_weight, kind, 2, mask, parameters, offsets, padding)
     if mask is not None and reduction == 1 and normalizer is None:
         both = forward(input, target, weight, pos_weight, kind, 3, mask, parameters, offsets, padding)

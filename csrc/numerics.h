@@ -321,24 +321,22 @@ struct BinaryCrossEntropy {
 // 1 / (1 + z) and the 1 / (2 + z) of the logarithm are what is left of 1 / ((1 + z) (2 + z)).
 template <class T>
 struct Sigmoid {
-  T p, rest;             // p + rest = 1
-  T cost, cost_of_rest;  // -log p = softplus(-x), -log rest = softplus(x)
+  decltype(greater(T(0), T(0))) below;  // x < 0
+  T p, rest;                            // p + rest = 1
+  T size, least;  // |x|, log(1 + e^{-|x|}): of -log p and -log rest the less is `least`, the greater size + least
 
-  template <class E>
-  CECE_HD Sigmoid(T x, E exp) : Sigmoid(x, abs_(x), exp(-abs_(x))) {}
-
- private:
-  CECE_HD Sigmoid(T x, T size, T z) : Sigmoid(greater(T(0), x), size, z, reciprocal_unit((T(1) + z) * (T(2) + z))) {}
-  template <class Mask>
-  CECE_HD Sigmoid(Mask below, T size, T z, T both)
-      : Sigmoid(below, size, z, (T(2) + z) * both, log1p_unit(z, (T(1) + z) * both)) {}
-  template <class Mask>
-  CECE_HD Sigmoid(Mask below, T size, T z, T big, T least)
-      : p(select(below, z * big, big)),
-        rest(select(below, big, z * big)),
-        cost(select(below, size + least, least)),
-        cost_of_rest(select(below, least, size + least)) {}
+  CECE_HD T cost() const { return select(below, size + least, least); }          // -log p = softplus(-x)
+  CECE_HD T cost_of_rest() const { return select(below, least, size + least); }  // -log rest = softplus(x)
+  // no (-log rest) + yes (-log p), as above
+  CECE_HD T cross_entropy(T no, T yes) const { return times(select(below, yes, no), size) + (no + yes) * least; }
 };
+template <class T, class E>
+CECE_HD Sigmoid<T> sigmoid(T x, E exp) {
+  const auto below = greater(T(0), x);
+  const T size = abs_(x), z = exp(-size), one = T(1) + z, two = T(2) + z, both = reciprocal_unit(one * two);
+  const T big = two * both, small = z * big;
+  return {below, select(below, small, big), select(below, big, small), size, log1p_unit(z, one * both)};
+}
 
 // q^e for q in [0, 1] and e >= 0. Whole factors are multiplied, so that q^2 has the bits that q has; what is left is
 // e^(r log q), off by |r log q| units of the last place.
@@ -396,7 +394,8 @@ struct SigmoidFocal {
   CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
     const Parts<T> l(*this, x, y, pos_weight, exp);
     const T dp = l.s.p * l.s.rest;  // the derivative of sigmoid(x)
-    const T d_cost = (l.no * l.s.p - l.yes * l.s.rest) + T(poly) * ((l.no - l.yes) * dp);
+    T d_cost = l.no * l.s.p - l.yes * l.s.rest;
+    if (poly != A(0)) d_cost = d_cost + T(poly) * ((l.no - l.yes) * dp);
     return l.factor * power.slope(l.q, (l.no - y) * dp, l.cost, d_cost);
   }
 
@@ -408,12 +407,14 @@ struct SigmoidFocal {
 
     template <class E>
     CECE_HD Parts(const SigmoidFocal& of, T x, T y, T pos_weight, E exp)
-        : s(x, exp),
+        : s(sigmoid(x, exp)),
           no(T(1) - y),
           yes(pos_weight * y),
           factor(T(of.positive) * y + T(of.negative) * no),
           q(no * s.p + y * s.rest),
-          cost((times(no, s.cost_of_rest) + times(yes, s.cost)) + T(of.poly) * (no * s.p + yes * s.rest)) {}
+          cost(s.cross_entropy(no, yes)) {
+      if (of.poly != A(0)) cost = cost + T(of.poly) * (no * s.p + yes * s.rest);
+    }
   };
 };
 
@@ -430,15 +431,15 @@ struct Asymmetric {
 
   template <class T, class E = Exp>
   CECE_HD T loss(T x, T y, T pos_weight, E exp = E()) const {
-    const Sigmoid<T> s(x, exp);
+    const Sigmoid<T> s = sigmoid(x, exp);
     const Negative<T> n(s, clip);
-    return times(pos_weight * y, of_pos(s.rest) * s.cost) + times(T(1) - y, of_neg(n.m) * n.cost);
+    return times(pos_weight * y, of_pos(s.rest) * s.cost()) + times(T(1) - y, of_neg(n.m) * n.cost);
   }
   template <class T, class E = Exp>
   CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
-    const Sigmoid<T> s(x, exp);
+    const Sigmoid<T> s = sigmoid(x, exp);
     const Negative<T> n(s, clip);
-    const T down = of_pos.slope(s.rest, -(s.p * s.rest), s.cost, -s.rest);
+    const T down = of_pos.slope(s.rest, -(s.p * s.rest), s.cost(), -s.rest);
     return pos_weight * y * down + (T(1) - y) * of_neg.slope(n.m, n.dm, n.cost, n.d_cost);
   }
 
@@ -448,7 +449,7 @@ struct Asymmetric {
     T m, dm;         // max(p - clip, 0) and its derivative
     T cost, d_cost;  // -log(1 - m) and its derivative
 
-    CECE_HD Negative(const Sigmoid<T>& s, A clip) : m(s.p), dm(s.p * s.rest), cost(s.cost_of_rest), d_cost(s.p) {
+    CECE_HD Negative(const Sigmoid<T>& s, A clip) : m(s.p), dm(s.p * s.rest), cost(s.cost_of_rest()), d_cost(s.p) {
       if (clip == A(0)) return;
       const auto outside = greater(T(clip), s.p);
       m = select(outside, T(0), s.p - T(clip));

@@ -11,10 +11,10 @@ import torch
 import cece
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import bench_binary_cross_entropy, bench_cross_entropy, gpu, harness  # noqa: E402
+from benchmarks import bench_binary_cross_entropy, bench_cross_entropy, bench_multilabel, gpu, harness  # noqa: E402
 from benchmarks import report as reports  # noqa: E402
 
-CASES = bench_cross_entropy.CASES + bench_binary_cross_entropy.CASES
+CASES = bench_cross_entropy.CASES + bench_binary_cross_entropy.CASES + bench_multilabel.CASES
 PAGE = "".join(f"a\n<!-- {name}:begin -->old<!-- {name}:end -->\n" for name in reports.SECTIONS) + "c\n"
 
 

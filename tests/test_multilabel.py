@@ -336,6 +336,9 @@ def test_normalizer_and_mean_dim(backend):
     used = torch.where(mask, each, 0)
     same_digits(f(mean_dim=1, mask=m).cpu(), (used.sum(1) / mask.sum(1).clamp_min(1)).sum())
     same_digits(f(mean_dim=0, mask=m).cpu(), (used.sum(0) / mask.sum(0).clamp_min(1)).sum())
+    bare = torch.where(mask, F.binary_cross_entropy_with_logits(x.cpu(), y.cpu(), reduction="none"), 0)
+    ours = cece.binary_cross_entropy_with_logits(x, y, mask=m, mean_dim=1)
+    same_digits(ours.cpu(), (bare.sum(1) / mask.sum(1).clamp_min(1)).sum())
     for options in ({"normalizer": 3}, {"mean_dim": 1}):
         with pytest.raises(ValueError, match="normalizer and mean_dim are for reduction 'mean'"):
             f(reduction="sum", **options)
