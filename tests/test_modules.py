@@ -77,14 +77,15 @@ def test_an_unknown_reduction_is_refused_at_once(name):
         getattr(cece, name)(reduction="average")
 
 
+MORE = "label_smoothing=0.0, ignore_index=None, mean_dim=None, poly=0.0"
 REPRS = {
     "CrossEntropyLoss": (
         "weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, inplace_backward=False",
         "weight=(5,), ignore_index=2, reduction='sum', label_smoothing=0.1, inplace_backward=False",
     ),
     "BCEWithLogitsLoss": (
-        "weight=None, pos_weight=None, reduction='mean'",
-        "weight=(5,), pos_weight=(5,), reduction='sum'",
+        "weight=None, pos_weight=None, reduction='mean', " + MORE,
+        "weight=(5,), pos_weight=(5,), reduction='sum', " + MORE,
     ),
     "BCELoss": ("weight=None, reduction='mean'", "weight=(5,), reduction='none'"),
 }

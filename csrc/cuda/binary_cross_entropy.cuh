@@ -249,14 +249,14 @@ __device__ __forceinline__ void for_elements(const BinaryCrossEntropyArgs& a, co
   }
 }
 
-template <class S>  // on a multiprocessor: 128, 80 or 64 registers a thread
-constexpr int kElementBlocks = kDtype<S> == Dtype::f64   ? 2
-                               : kDtype<S> == Dtype::f16 ? 3
-                                                         : 4;
+template <class S, class Loss>  // on a multiprocessor: 128, 80 or 64 registers a thread; one with parameters needs more
+constexpr int kElementBlocks = kDtype<S> == Dtype::f64 || !std::is_empty_v<Loss> ? 2
+                               : kDtype<S> == Dtype::f16                         ? 3
+                                                                                 : 4;
 
 // The sum of a thread's losses goes on in double; a block leaves one partial sum.
 template <class S, class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, Loss>)
     binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts,
                    Sums* partial) {
   using A = AccOf<S>;
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kElementThreads)
 }
 
 template <class S, class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, Loss>)
     binary_backward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts) {
   using A = AccOf<S>;
   A common = A(1);  // what every element's gradient is multiplied by
