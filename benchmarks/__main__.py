@@ -5,6 +5,7 @@ from . import (
     bench_cross_entropy,
     bench_divergence,
     bench_linear,
+    bench_multilabel,
     bench_token_statistics,
 )
 from .harness import main
@@ -15,4 +16,5 @@ main(
     + bench_linear.CASES
     + bench_divergence.CASES
     + bench_binary_cross_entropy.CASES
+    + bench_multilabel.CASES
 )

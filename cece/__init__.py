@@ -23,16 +23,38 @@ from .functional import (  # noqa: E402
     cross_entropy,
 )
 from .linear import LinearCrossEntropyLoss, linear_cross_entropy, linear_token_statistics  # noqa: E402
-from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss  # noqa: E402
+from .modules import (  # noqa: E402
+    AsymmetricLoss,
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    MultilabelCrossEntropyLoss,
+    PairwiseSigmoidLoss,
+    SigmoidFocalLoss,
+    SoftmaxFocalLoss,
+)
+from .multilabel import (  # noqa: E402
+    asymmetric_loss,
+    multilabel_cross_entropy,
+    pairwise_sigmoid_loss,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 from .rows import TokenStatistics, entropy, token_statistics  # noqa: E402
 
 __version__ = build_info()["version"]
 __all__ = [
+    "AsymmetricLoss",
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "MultilabelCrossEntropyLoss",
+    "PairwiseSigmoidLoss",
+    "SigmoidFocalLoss",
+    "SoftmaxFocalLoss",
     "TokenStatistics",
+    "asymmetric_loss",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "build_info",
@@ -45,8 +67,12 @@ __all__ = [
     "kl_divergence",
     "linear_cross_entropy",
     "linear_token_statistics",
+    "multilabel_cross_entropy",
+    "pairwise_sigmoid_loss",
     "patch",
     "reference",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
     "token_statistics",
 ]
 

@@ -81,3 +81,25 @@ def check_dim(loss: str, logits: Tensor, dim: Any) -> int:
     if not -logits.dim() <= dim < logits.dim():
         raise IndexError(f"cece.{loss}: dim must be a dimension of logits of shape {tuple(logits.shape)}, got {dim}")
     return dim
+
+
+def as_divisor(loss: str, normalizer: Tensor | float | None) -> Tensor | float | None:
+    """What a mean divides by: a number, or a tensor of one that nobody looks at."""
+    if normalizer is None:
+        return None
+    if not isinstance(normalizer, Tensor):
+        return as_float(loss, "normalizer", normalizer)
+    if normalizer.numel() != 1:
+        raise ValueError(
+            f"cece.{loss}: normalizer must be a number or a tensor of one, got shape {tuple(normalizer.shape)}"
+        )
+    return normalizer
+
+
+def as_positive(loss: str, name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    number = as_float(loss, name, value)
+    if not number > 0:
+        raise ValueError(f"cece.{loss}: {name} must be a positive number or None, got {number}")
+    return number

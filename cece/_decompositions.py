@@ -216,32 +216,105 @@ def _softplus(x):  # of both signs: log(1 + e^x), log(1 + e^-x)
     return x.clamp_min(0) + rest, (-x).clamp_min(0) + rest
 
 
-def _reduced(loss, reduction):
+class _Elements:
+    """One call of an elementwise loss."""
+
+    def __init__(self, input, target, weight, pos_weight, kind, reduction, mask, parameters, offsets, padding):
+        acc = _acc(input, None if padding is not None else target, weight)
+        self.keep, self.spread, *self.own = parameters or (1.0, 0.0)
+        y = target.to(acc) if padding is None else written_out(input, target, offsets, padding).to(acc)
+        self.x, self.y = input.to(acc), y * self.keep + self.spread
+        self.p = 1 if pos_weight is None else pos_weight.to(acc)
+        self.w = 1 if weight is None else weight.to(acc)
+        self.kind, self.reduction, self.mask = kind, reduction, mask
+
+    def unmasked(self, a):
+        return a if self.mask is None else torch.where(self.mask, a, 0)
+
+    def loss(self):
+        y, yes = self.y, self.y * self.p
+        if self.kind == ops.ON_PROBABILITIES:
+            return -y * self.x.log().clamp_min(-100) - (1 - y) * (-self.x).log1p().clamp_min(-100)
+        up, down = _softplus(self.x)
+        if self.kind == ops.ASYMMETRIC:
+            return _product(yes, self._asymmetric(0)) + _product(1 - y, self._asymmetric(1))
+        cost = _product(1 - y, up) + _product(yes, down)
+        if self.kind == ops.WITH_LOGITS:
+            return cost
+        positive, negative, gamma, poly = self.own
+        p, rest = self.x.sigmoid(), (-self.x).sigmoid()
+        q, wrong = (1 - y) * p + y * rest, (1 - y) * p + yes * rest
+        return _product(positive * y + negative * (1 - y), q**gamma * (cost + poly * wrong))
+
+    def _asymmetric(self, side):
+        """(loss of a truth of 1 or, side 1, of 0)"""
+        gamma_pos, gamma_neg, clip, _ = self.own
+        up, down = _softplus(self.x)
+        if side == 0:
+            return (-self.x).sigmoid() ** gamma_pos * down
+        m = (self.x.sigmoid() - clip).clamp_min(0)
+        return m**gamma_neg * (up if clip == 0 else -(-m).log1p())
+
+    def slope(self):
+        y, yes, no = self.y, self.y * self.p, 1 - self.y
+        if self.kind == ops.ON_PROBABILITIES:
+            return (self.x - y) / ((1 - self.x) * self.x).clamp_min(1e-12)
+        p, rest = self.x.sigmoid(), (-self.x).sigmoid()
+        up, down = _softplus(self.x)
+        if self.kind == ops.WITH_LOGITS:
+            return no * p - yes * rest
+        if self.kind == ops.ASYMMETRIC:
+            gamma_pos, gamma_neg, clip, _ = self.own
+            m = (p - clip).clamp_min(0)
+            inside = torch.where(p < clip, 0, 1) * p * rest
+            if clip == 0:
+                of_no = gamma_neg * _product(rest, up) + p
+            else:
+                of_no = inside * (gamma_neg * -(-m).log1p() / torch.where(m == 0, 1, m) + 1 / (1 - m))
+            return no * m**gamma_neg * of_no - yes * rest**gamma_pos * (gamma_pos * _product(p, down) + rest)
+        positive, negative, gamma, poly = self.own
+        q, wrong = no * p + y * rest, no * p + yes * rest
+        cost = _product(no, up) + _product(yes, down) + poly * wrong
+        relative = (no - y) * p * rest / torch.where(q == 0, 1, q)
+        slope = gamma * _product(relative, cost) + no * p - yes * rest + poly * (no - yes) * p * rest
+        return (positive * y + negative * no) * q**gamma * slope
+
+
+def _product(a, b):
+    return torch.where(a == 0, 0, a * b)
+
+
+def written_out(input, labels, offsets, padding):
+    """The truth that labels list, (N, C), bool."""
+    rows, classes = input.shape
+    place = torch.where(labels == padding, -1, labels.long()) + 1  # 0: none, and cut off
+    if offsets is None:
+        row = torch.arange(rows, device=input.device).unsqueeze(1)
+    else:
+        row = torch.searchsorted(offsets.long(), torch.arange(len(labels), device=input.device), right=True) - 1
+    y = torch.zeros(rows * (classes + 1), device=input.device)
+    at = (row * (classes + 1) + place).reshape(-1)
+    return y.scatter(0, at, 1.0).reshape(rows, classes + 1)[:, 1:] != 0
+
+
+def binary_cross_entropy_forward(
+    input, target, weight, pos_weight, kind, reduction, mask=None, parameters=(), offsets=None, padding=None
+):
+    e = _Elements(input, target, weight, pos_weight, kind, reduction, mask, parameters, offsets, padding)
+    loss = e.unmasked(e.loss() * e.w)
+    if reduction == ops.COUNTED:
+        used = torch.ones_like(loss) if mask is None else mask.expand(loss.shape).to(loss.dtype)
+        return torch.stack([loss.sum(), used.sum()])
     return loss if reduction == ops.NONE else loss.mean() if reduction == ops.MEAN else loss.sum()
 
 
-def binary_cross_entropy_forward(input, target, weight, pos_weight, with_logits, reduction):
-    acc = _acc(input, target, weight)
-    x, y = input.to(acc), target.to(acc)
-    if with_logits:
-        up, down = _softplus(x)
-        positive = y if pos_weight is None else y * pos_weight.to(acc)
-        loss = torch.where(y == 1, 0, (1 - y) * up) + torch.where(positive == 0, 0, positive * down)
-    else:
-        loss = -y * x.log().clamp_min(-100) - (1 - y) * (-x).log1p().clamp_min(-100)
-    return _reduced(loss if weight is None else loss * weight.to(acc), reduction)
-
-
-def binary_cross_entropy_backward(grad, input, target, weight, pos_weight, with_logits, reduction):
-    acc = _acc(input, target, weight)
-    x, y = input.to(acc), target.to(acc)
-    if with_logits:
-        positive = y if pos_weight is None else y * pos_weight.to(acc)
-        slope = (1 - y) * x.sigmoid() - positive * (-x).sigmoid()
-    else:
-        slope = (x - y) / ((1 - x) * x).clamp_min(1e-12)
-    slope = slope if weight is None else slope * weight.to(acc)
-    return (grad * slope / (input.numel() if reduction == ops.MEAN else 1)).to(input.dtype)
+def binary_cross_entropy_backward(
+    grad, input, target, weight, pos_weight, kind, reduction, mask=None, parameters=(), offsets=None, padding=None
+):
+    e = _Elements(input, target, weight, pos_weight, kind, reduction, mask, parameters, offsets, padding)
+    g = grad[0] if reduction == ops.COUNTED else grad
+    slope = e.unmasked(g * e.slope() * e.w)
+    return (slope / (input.numel() if reduction == ops.MEAN else 1)).to(input.dtype)
 
 
 class _Pair:

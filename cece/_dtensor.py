@@ -31,14 +31,14 @@ def cross_entropy(input, target, weight, reduction, ignore_index, label_smoothin
     return _reduced(loss, input, rows, shards, reduction)
 
 
-def binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction):
-    name = "binary_cross_entropy_with_logits" if with_logits else "binary_cross_entropy"
+def binary_cross_entropy(name, input, target, weight, pos_weight, kind, reduction, parameters=()):
     args = _as_dtensors(name, input=input, target=target, weight=weight, pos_weight=pos_weight)
     input, target, *factors = args
     every = range(input.dim())
     args = (input, every), (target, every), *((t, _broadcast_dims(t, input)) for t in factors)
     shards = _shards(args, every)
-    loss = BCE(*(_local(t, dims, shards) for t, dims in args), with_logits, NONE if reduction == NONE else SUM)
+    parts = (_local(t, dims, shards) for t, dims in args)
+    loss = BCE(*parts, kind, NONE if reduction == NONE else SUM, None, parameters)
     return _reduced(loss, input, every, shards, reduction)
 
 

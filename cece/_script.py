@@ -186,6 +186,74 @@ def _weighted(name: str, loss: Tensor, token_weight: Tensor, used: Tensor | None
     return token_weight * torch.where((token_weight == 0) & loss.isinf(), 0, loss)
 
 
+def elementwise(
+    loss: str,
+    kind: int,
+    own: list[float],
+    reduction: int,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    label_smoothing: float,
+    mask: Tensor | None,
+    ignore_index: int | None,
+    normalizer: Tensor | float | None,
+    mean_dim: int | None,
+) -> Tensor:
+    """An elementwise loss of a dense truth with all the options that one may have."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cece.{loss}: label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+    if ignore_index is not None:
+        if target.is_floating_point() or target.dtype == torch.bool:
+            raise ValueError(f"cece.{loss}: ignore_index is for integer truths, got target of dtype {target.dtype}")
+        used = target != ignore_index
+        mask = used if mask is None else mask & used
+    keep, spread = 1.0 - label_smoothing, 0.5 * label_smoothing
+    return normalized(
+        loss, reduction, input, target, weight, pos_weight, kind, mask, [keep, spread] + own, None, None, normalizer,
+        mean_dim,
+    )  # fmt: skip
+
+
+def normalized(
+    loss: str,
+    reduction: int,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    kind: int,
+    mask: Tensor | None,
+    parameters: list[float],
+    offsets: Tensor | None,
+    padding: int | None,
+    normalizer: Tensor | float | None,
+    mean_dim: int | None,
+) -> Tensor:
+    """The operator's sum, divided by what a mean divides by, or its other reductions."""
+    forward = torch.ops.cece.binary_cross_entropy_forward
+    if normalizer is not None or mean_dim is not None:
+        if reduction != 1:
+            raise ValueError(f"cece.{loss}: normalizer and mean_dim are for reduction 'mean'")
+        if normalizer is not None and mean_dim is not None:
+            raise ValueError(f"cece.{loss}: normalizer and mean_dim must not be given both")
+    if mean_dim is not None and mask is not None:  # each mean has a count of its own
+        wide = input.dtype == torch.float64 or (weight is not None and weight.dtype == torch.float64)
+        used = mask.expand(input.shape).to(torch.float64 if wide else torch.float32).sum(mean_dim, keepdim=True)
+        share = 1 / used.clamp_min(1)
+        weight = share if weight is None else share * weight
+        return forward(input, target, weight, pos_weight, kind, 2, mask, parameters, offsets, padding)
+    if mask is not None and reduction == 1 and normalizer is None:
+        both = forward(input, target, weight, pos_weight, kind, 3, mask, parameters, offsets, padding)
+        return both[0] / both[1]
+    number = 2 if normalizer is not None or mean_dim is not None else reduction
+    total = forward(input, target, weight, pos_weight, kind, number, mask, parameters, offsets, padding)
+    if mean_dim is not None:
+        return total / input.size(mean_dim)
+    return total if normalizer is None else over(total, normalizer)
+
+
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -194,9 +262,19 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    normalizer: Tensor | float | None = None,
+    mean_dim: int | None = None,
+    poly: float = 0.0,
 ) -> Tensor:
     number = reduction_number("binary_cross_entropy_with_logits", size_average, reduce, reduction)
-    return torch.ops.cece.binary_cross_entropy_forward(input, target, weight, pos_weight, True, number)
+    kind, own = (1, [0.0, 0.0, 0.0, 0.0]) if poly == 0 else (2, [1.0, 1.0, 0.0, poly])
+    return elementwise(
+        "binary_cross_entropy_with_logits", kind, own, number, input, target, weight, pos_weight, label_smoothing, mask,
+        ignore_index, normalizer, mean_dim,
+    )  # fmt: skip
 
 
 def binary_cross_entropy(
@@ -208,7 +286,185 @@ def binary_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     number = reduction_number("binary_cross_entropy", size_average, reduce, reduction)
-    return torch.ops.cece.binary_cross_entropy_forward(input, target, weight, None, False, number)
+    return torch.ops.cece.binary_cross_entropy_forward(input, target, weight, None, 0, number)
+
+
+def sigmoid_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    poly: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    normalizer: Tensor | float | None = None,
+    mean_dim: int | None = None,
+) -> Tensor:
+    number = reduction_number("sigmoid_focal_loss", None, None, reduction)
+    return elementwise(
+        "sigmoid_focal_loss", 2, focal_parameters(alpha, gamma, poly), number, input, target, weight, None,
+        label_smoothing, mask, ignore_index, normalizer, mean_dim,
+    )  # fmt: skip
+
+
+def asymmetric_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 1.0,
+    clip: float = 0.05,
+    reduction: str = "sum",
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    normalizer: Tensor | float | None = None,
+    mean_dim: int | None = None,
+) -> Tensor:
+    number = reduction_number("asymmetric_loss", None, None, reduction)
+    return elementwise(
+        "asymmetric_loss", 3, asymmetric_parameters(gamma_pos, gamma_neg, clip), number, input, target, weight, None,
+        label_smoothing, mask, ignore_index, normalizer, mean_dim,
+    )  # fmt: skip
+
+
+def multilabel_cross_entropy(
+    input: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    mean_dim: int | None = None,
+) -> Tensor:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"cece.multilabel_cross_entropy: label_smoothing must be between 0.0 and 1.0, got {label_smoothing}"
+        )
+    number = reduction_number("multilabel_cross_entropy", None, None, reduction)
+    if offsets is None and labels.dim() == 1:  # one label a sample
+        labels = labels.unsqueeze(1)
+    spread = label_smoothing / max(1, input.size(-1)) if input.dim() > 0 else 0.0
+    parameters = [1.0 - label_smoothing, spread]
+    return normalized(
+        "multilabel_cross_entropy", number, input, labels, weight, pos_weight, 1, mask, parameters, offsets,
+        ignore_index, normalizer, mean_dim,
+    )  # fmt: skip
+
+
+def pairwise_sigmoid_loss(
+    input: Tensor,
+    other: Tensor | None = None,
+    scale: Tensor | float | None = None,
+    bias: Tensor | float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    if input.dim() != 2 or (other is not None and (other.dim() != 2 or other.size(1) != input.size(1))):
+        shapes = f"{list(input.shape)}" if other is None else f"{list(input.shape)} and {list(other.shape)}"
+        raise ValueError(
+            f"cece.pairwise_sigmoid_loss: input must be logits (N, M), or input (N, D) and other (M, D), got {shapes}"
+        )
+    number = reduction_number("pairwise_sigmoid_loss", None, None, reduction)
+    if isinstance(scale, Tensor):  # of the embeddings, which are fewer than the pairs
+        input = input * scale
+    elif scale is not None:
+        input = input * scale
+    logits = input if other is None else input @ other.t()
+    if isinstance(bias, Tensor):
+        logits = logits + bias
+    elif bias is not None:
+        logits = logits + bias
+    rows = logits.size(0)
+    if rows > logits.size(1):
+        raise ValueError(
+            f"cece.pairwise_sigmoid_loss: each of N rows must have a match among M columns, got {list(logits.shape)}"
+        )
+    diagonal = torch.arange(rows, device=logits.device).unsqueeze(1)
+    divisor = normalizer
+    if number == 1 and normalizer is None:
+        divisor = float(rows)
+    return normalized(
+        "pairwise_sigmoid_loss", number, logits, diagonal, None, None, 1, None, [1.0, 0.0], None, -1, divisor, None
+    )
+
+
+def softmax_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    gamma: float = 2.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    poly: float = 0.0,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    check_exponent("softmax_focal_loss", "gamma", gamma)
+    number = reduction_number("softmax_focal_loss", None, None, reduction)
+    if normalizer is not None and number != 1:
+        raise ValueError("cece.softmax_focal_loss: normalizer is for reduction 'mean'")
+    if target.is_floating_point():
+        raise ValueError(
+            f"cece.softmax_focal_loss: target must be class indices of an integer dtype, got {target.dtype}"
+        )
+    nll = torch.ops.cece.cross_entropy_forward(input, target, None, 0, ignore_index, 0.0, False)[0]
+    # 1 - p = -expm1(-nll). Where nll is 0, so is the loss and its gradient, but that of a power below 1 is not finite;
+    # where p is 0, nothing is left of its derivative, which must not be multiplied by an infinite nll.
+    fine = nll != 0
+    least = torch.where(fine, nll, 1.0)
+    missed = -torch.expm1(-least.clamp_max(746.0 if nll.dtype == torch.float64 else 104.0))
+    loss = least + poly * missed
+    if gamma != 0:
+        loss = missed**gamma * loss
+        loss = torch.where(fine, loss, 0.0)
+    else:
+        loss = nll + poly * torch.where(fine, missed, 0.0)
+    used = target.long() != ignore_index
+    factor = used.to(loss.dtype)
+    if weight is not None:
+        factor = torch.where(used, weight.to(loss.dtype)[target.long().clamp(0, weight.size(0) - 1)], 0.0)
+        loss = torch.where(used, loss * factor, 0.0)
+    if number == 0:
+        return loss
+    total = loss.sum()
+    if number == 2:
+        return total
+    if normalizer is None:
+        return total / factor.sum()
+    if isinstance(normalizer, Tensor):
+        return total / normalizer.to(total.dtype)
+    return total / normalizer
+
+
+# The losses' own parameters as their structs in csrc/numerics.h take them.
+
+
+def focal_parameters(alpha: float, gamma: float, poly: float) -> list[float]:
+    if not (0 <= alpha <= 1 or alpha == -1):
+        raise ValueError(f"cece.sigmoid_focal_loss: alpha must be between 0.0 and 1.0, or -1 for none, got {alpha}")
+    check_exponent("sigmoid_focal_loss", "gamma", gamma)
+    positive, negative = (alpha, 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
+    return [positive, negative, gamma, poly]
+
+
+def asymmetric_parameters(gamma_pos: float, gamma_neg: float, clip: float) -> list[float]:
+    check_exponent("asymmetric_loss", "gamma_neg", gamma_neg)
+    check_exponent("asymmetric_loss", "gamma_pos", gamma_pos)
+    if not 0 <= clip < 1:
+        raise ValueError(f"cece.asymmetric_loss: clip must be at least 0.0 and below 1.0, got {clip}")
+    return [gamma_pos, gamma_neg, clip, 0.0]
+
+
+def check_exponent(loss: str, name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"cece.{loss}: {name} must be at least 0.0, got {value}")
 
 
 def check_targets(target: Tensor, num_classes: int, ignore_index: int = -100) -> None:

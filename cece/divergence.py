@@ -6,9 +6,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _script
-from ._arguments import as_float, check_dim, check_tensors, not_for_dtensors
+from ._arguments import as_divisor, as_float, check_dim, check_tensors, not_for_dtensors
 from ._script import scripted_as
-from .functional import _divisor
 
 __all__ = ["js_divergence", "kl_divergence"]
 
@@ -99,7 +98,7 @@ def kl_divergence(
     optional: dict[str, object] = {"mask": mask, "token_weight": token_weight, "target_indices": target_indices}
     temperature = _check("kl_divergence", required, optional, temperature)
     dim = check_dim("kl_divergence", logits, dim)
-    normalizer = _divisor("kl_divergence", normalizer)
+    normalizer = as_divisor("kl_divergence", normalizer)
     return _script.kl_divergence(
         logits, target_logits, temperature, reduction, mask, token_weight, normalizer, target_indices, tail, dim
     )
@@ -158,5 +157,5 @@ def js_divergence(
     optional: dict[str, object] = {"mask": mask, "token_weight": token_weight}
     temperature = _check("js_divergence", required, optional, temperature)
     dim = check_dim("js_divergence", logits, dim)
-    normalizer = _divisor("js_divergence", normalizer)
+    normalizer = as_divisor("js_divergence", normalizer)
     return _script.js_divergence(logits, other_logits, temperature, reduction, mask, token_weight, normalizer, dim)

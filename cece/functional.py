@@ -4,14 +4,27 @@ Types of arguments are checked here, everything else about them in the compiled 
 every backend. TorchScript compiles their twins in ``_script.py``, DTensors go to ``_dtensor.py``.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _script
-from ._arguments import INT64, as_bool, as_float, as_integer, check_tensors, dtensor_among, not_for_dtensors, refuse
+from ._arguments import (
+    INT64,
+    as_bool,
+    as_divisor,
+    as_float,
+    as_integer,
+    as_positive,
+    check_tensors,
+    dtensor_among,
+    not_for_dtensors,
+    refuse,
+)
 from ._script import reduction_number, scripted_as
-from .ops import BCE, CROSS_ENTROPY
+from .ops import BCE, CROSS_ENTROPY, FOCAL, ON_PROBABILITIES, WITH_LOGITS
 
 __all__ = ["binary_cross_entropy", "binary_cross_entropy_with_logits", "check_targets", "cross_entropy"]
 
@@ -131,37 +144,15 @@ def cross_entropy(
             label_smoothing,
             inplace_backward,
             token_weight,
-            _divisor("cross_entropy", normalizer),
+            as_divisor("cross_entropy", normalizer),
             as_float("cross_entropy", "z_loss", z_loss),
             as_float("cross_entropy", "logit_scale", logit_scale),
-            _positive("cross_entropy", "softcap", softcap),
+            as_positive("cross_entropy", "softcap", softcap),
             as_bool("cross_entropy", "skip_masked_rows", skip_masked_rows),
         )
     if dtensor := dtensor_among(input, target, weight):
         return dtensor.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     return CROSS_ENTROPY(input, target, weight, number, ignore_index, label_smoothing, inplace_backward)[0]
-
-
-def _divisor(loss: str, normalizer: Tensor | float | None) -> Tensor | float | None:
-    """What a mean divides by: a number, or a tensor of one that nobody looks at."""
-    if normalizer is None:
-        return None
-    if not isinstance(normalizer, Tensor):
-        return as_float(loss, "normalizer", normalizer)
-    if normalizer.numel() != 1:
-        raise ValueError(
-            f"cece.{loss}: normalizer must be a number or a tensor of one, got shape {tuple(normalizer.shape)}"
-        )
-    return normalizer
-
-
-def _positive(loss: str, name: str, value: float | None) -> float | None:
-    if value is None:
-        return None
-    number = as_float(loss, name, value)
-    if not number > 0:
-        raise ValueError(f"cece.{loss}: {name} must be a positive number or None, got {number}")
-    return number
 
 
 @scripted_as(_script.binary_cross_entropy_with_logits)
@@ -173,6 +164,13 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    ignore_index: int | None = None,
+    normalizer: Tensor | float | None = None,
+    mean_dim: int | None = None,
+    poly: float = 0.0,
 ) -> Tensor:
     """Sigmoid and binary cross-entropy of *logits*, one loss an element: a yes or no each, or several labels a sample.
 
@@ -183,22 +181,42 @@ def binary_cross_entropy_with_logits(
         input: logits, any shape; float64, float32, float16 or bfloat16; any strides, without a copy.
         target: the truth, input's shape: floating point (in [0, 1], not checked), bool or integer, without a copy.
         weight: a factor for each element, any floating dtype, broadcastable to input's shape.
-        reduction: ``'none'``, ``'mean'`` over all elements, or ``'sum'``.
+        reduction: ``'none'``, ``'mean'`` over all elements that are not masked, or ``'sum'``.
         pos_weight: a factor for the positive term, typically (C); broadcastable to input's shape.
+        label_smoothing: s in [0, 1]: the truth counts as ``(1 - s) y + s / 2``.
+        mask: bool, broadcastable to input's shape; where it is False, loss and gradient are 0, whatever is there, and
+            the element does not count in the mean.
+        ignore_index: elements of this truth are masked; for integer truths.
+        normalizer: what ``'mean'`` divides the sum by: a number, or a tensor of one, which is never waited for.
+        mean_dim: ``'mean'`` is one along this dimension only, and sums up the means: 1 for a mean over classes and a
+            sum over samples, 0 for the reverse. With a mask each mean is over what is not masked, 0 where all is.
+        poly: e adds ``e (1 - p)`` to the loss, p the probability of what is so: PolyLoss's Poly-1.
 
     Returns:
         The loss in nats, float32 (float64 if input, target or weight is): a scalar, or with ``'none'`` input's shape.
 
     Raises:
-        ValueError: target's shape is not input's, or an unknown reduction.
+        ValueError: target's shape is not input's, an unknown reduction, or options that do not go together.
         RuntimeError: any other shape, dtype or device that does not fit.
+        TypeError: an argument of the wrong type.
+        NotImplementedError: mask, ignore_index, normalizer or mean_dim with DTensors.
 
-    Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.2.
+    Source: Goodfellow, Bengio, Courville, Deep Learning (2016), 6.2.2.2; poly: Leng et al. (2022), PolyLoss, 4.
     """
-    if has_torch_function_variadic(input, target, weight, pos_weight):
+    options: dict[str, Any] = {}
+    if not (label_smoothing == 0 and poly == 0 and mask is ignore_index is normalizer is mean_dim is None):
+        options = {
+            "label_smoothing": label_smoothing,
+            "mask": mask,
+            "ignore_index": ignore_index,
+            "normalizer": normalizer,
+            "mean_dim": mean_dim,
+            "poly": poly,
+        }
+    if has_torch_function_variadic(input, target, weight, pos_weight, mask):
         return handle_torch_function(
             binary_cross_entropy_with_logits,
-            (input, target, weight, pos_weight),
+            (input, target, weight, pos_weight, mask),
             input,
             target,
             weight=weight,
@@ -206,13 +224,55 @@ def binary_cross_entropy_with_logits(
             reduce=reduce,
             reduction=reduction,
             pos_weight=pos_weight,
+            **options,  # as in cross_entropy
         )
     optional: dict[str, object] = {"weight": weight, "pos_weight": pos_weight}
     check_tensors("binary_cross_entropy_with_logits", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy_with_logits", size_average, reduce, reduction)
+    if options:
+        label_smoothing = as_float("binary_cross_entropy_with_logits", "label_smoothing", label_smoothing)
+        poly = as_float("binary_cross_entropy_with_logits", "poly", poly)
+        kind, own = (WITH_LOGITS, [0.0] * 4) if poly == 0 else (FOCAL, [1.0, 1.0, 0.0, poly])
+        return elementwise(
+            "binary_cross_entropy_with_logits",
+            kind,
+            own,
+            number,
+            (input, target, weight, pos_weight),
+            label_smoothing,
+            mask=mask,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            mean_dim=mean_dim,
+        )
     if dtensor := dtensor_among(input, target, weight, pos_weight):
-        return dtensor.binary_cross_entropy(input, target, weight, pos_weight, True, number)
-    return BCE(input, target, weight, pos_weight, True, number)
+        name = "binary_cross_entropy_with_logits"
+        return dtensor.binary_cross_entropy(name, input, target, weight, pos_weight, WITH_LOGITS, number)
+    return BCE(input, target, weight, pos_weight, WITH_LOGITS, number)
+
+
+def elementwise(
+    loss: str,
+    kind: int,
+    own: list[float],
+    reduction: int,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    label_smoothing: float,
+    **options: Any,
+) -> Tensor:
+    """What the elementwise losses have in common: the types of mask, ignore_index, normalizer and mean_dim."""
+    check_tensors(loss, {}, {"mask": options["mask"]})
+    for name in ("ignore_index", "mean_dim"):
+        if options[name] is not None:
+            options[name] = as_integer(loss, name, options[name])
+    options["normalizer"] = as_divisor(loss, options["normalizer"])
+    if dtensor := dtensor_among(*tensors, options["mask"]):
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise NotImplementedError(f"cece.{loss}: {given[0]} of DTensors is not implemented; pass it to each rank")
+        parameters = [1.0 - label_smoothing, 0.5 * label_smoothing, *own]
+        return dtensor.binary_cross_entropy(loss, *tensors, kind, reduction, parameters)
+    return _script.elementwise(loss, kind, own, reduction, *tensors, label_smoothing, **options)
 
 
 @scripted_as(_script.binary_cross_entropy)
@@ -260,8 +320,10 @@ def binary_cross_entropy(
     check_tensors("binary_cross_entropy", {"input": input, "target": target}, optional)
     number = reduction_number("binary_cross_entropy", size_average, reduce, reduction)
     if dtensor := dtensor_among(input, target, weight):
-        return dtensor.binary_cross_entropy(input, target, weight, None, False, number)
-    return BCE(input, target, weight, None, False, number)
+        return dtensor.binary_cross_entropy(
+            "binary_cross_entropy", input, target, weight, None, ON_PROBABILITIES, number
+        )
+    return BCE(input, target, weight, None, ON_PROBABILITIES, number)
 
 
 @scripted_as(_script.check_targets)

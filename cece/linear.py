@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ._arguments import as_bool, as_float, as_integer, check_tensors, not_for_dtensors, refuse
+from ._arguments import as_bool, as_divisor, as_float, as_integer, as_positive, check_tensors, not_for_dtensors, refuse
 from ._script import check_reduction, over, reduction_number
-from .functional import _divisor, _positive
 from .modules import _Shown
 from .ops import LINEAR_CROSS_ENTROPY, LINEAR_TOKEN_STATISTICS, MEAN, NONE, SUM, WANTED
 from .rows import TokenStatistics
@@ -212,7 +211,7 @@ def linear_cross_entropy(
     )
     not_for_dtensors(name, input, linear_weight, target, linear_bias, weight, token_weight)
     number = reduction_number(name, None, None, reduction)
-    normalizer = _divisor(name, normalizer)
+    normalizer = as_divisor(name, normalizer)
     if normalizer is not None and number != MEAN:
         raise ValueError(f"cece.{name}: normalizer is what reduction='mean' divides by, got another reduction")
     call = _Call(name, input, linear_weight, target, linear_bias)
@@ -228,7 +227,7 @@ def linear_cross_entropy(
         -100 if ignore_index is None else as_integer(name, "ignore_index", ignore_index),
         as_float(name, "label_smoothing", label_smoothing),
         as_float(name, "logit_scale", logit_scale),
-        _positive(name, "softcap", softcap) or 0.0,
+        as_positive(name, "softcap", softcap) or 0.0,
         as_bool(name, "skip_masked_rows", skip_masked_rows),
         _check_chunk_size(name, getattr(options, "batch_chunk_size", None) if chunk_size is None else chunk_size),
         call.compact,

@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, multilabel
 from ._script import check_reduction
 
-__all__ = ["BCELoss", "BCEWithLogitsLoss", "CrossEntropyLoss"]
+__all__ = [
+    "AsymmetricLoss",
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "MultilabelCrossEntropyLoss",
+    "PairwiseSigmoidLoss",
+    "SigmoidFocalLoss",
+    "SoftmaxFocalLoss",
+]
 
 
 class _Shown(torch.nn.Module):
@@ -91,10 +100,15 @@ class CrossEntropyLoss(_Shown, torch.nn.CrossEntropyLoss):
 class BCEWithLogitsLoss(_Shown, torch.nn.BCEWithLogitsLoss):
     """:func:`cece.binary_cross_entropy_with_logits` as a module, a drop-in for :class:`torch.nn.BCEWithLogitsLoss`.
 
-    Takes *logits* and applies the sigmoid. ``weight`` and ``pos_weight`` are buffers, as in torch.
+    Takes *logits* and applies the sigmoid. ``weight`` and ``pos_weight`` are buffers, as in torch. ``forward`` takes
+    the function's ``mask`` and ``normalizer`` too.
     """
 
-    __constants__: list[str] = ["reduction"]
+    __constants__: list[str] = ["reduction", "label_smoothing", "ignore_index", "mean_dim", "poly"]
+    label_smoothing: float = 0.0  # also where __init__ was not ours, as above
+    ignore_index: int | None = None
+    mean_dim: int | None = None
+    poly: float = 0.0
 
     def __init__(
         self,
@@ -103,13 +117,36 @@ class BCEWithLogitsLoss(_Shown, torch.nn.BCEWithLogitsLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
         pos_weight: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        mean_dim: int | None = None,
+        poly: float = 0.0,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         check_reduction("BCEWithLogitsLoss", self.reduction)
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.mean_dim, self.poly = mean_dim, poly
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
         return functional.binary_cross_entropy_with_logits(
-            input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
+            input,
+            target,
+            self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+            label_smoothing=self.label_smoothing,
+            mask=mask,
+            ignore_index=self.ignore_index,
+            normalizer=normalizer,
+            mean_dim=self.mean_dim,
+            poly=self.poly,
         )
 
 
@@ -134,3 +171,212 @@ class BCELoss(_Shown, torch.nn.BCELoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
+
+
+class SigmoidFocalLoss(_Shown):
+    """:func:`cece.sigmoid_focal_loss` as a module, of *logits*; its reduction is ``'mean'`` if not said otherwise.
+
+    Shapes, dtypes and errors are the function's. ``weight`` is a buffer; ``forward`` takes ``mask`` and ``normalizer``.
+    """
+
+    __constants__: list[str] = ["alpha", "gamma", "reduction", "label_smoothing", "poly", "ignore_index", "mean_dim"]
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        poly: float = 0.0,
+        ignore_index: int | None = None,
+        mean_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction("SigmoidFocalLoss", reduction)
+        self.register_buffer("weight", weight)
+        self.alpha, self.gamma, self.reduction = float(alpha), float(gamma), reduction
+        self.label_smoothing, self.poly = float(label_smoothing), float(poly)
+        self.ignore_index, self.mean_dim = ignore_index, mean_dim
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
+        return multilabel.sigmoid_focal_loss(
+            input,
+            target,
+            self.alpha,
+            self.gamma,
+            self.reduction,
+            weight=self.weight,
+            label_smoothing=self.label_smoothing,
+            poly=self.poly,
+            mask=mask,
+            ignore_index=self.ignore_index,
+            normalizer=normalizer,
+            mean_dim=self.mean_dim,
+        )
+
+
+class AsymmetricLoss(_Shown):
+    """:func:`cece.asymmetric_loss` as a module, of *logits*; its reduction is the function's, ``'sum'``.
+
+    Shapes, dtypes and errors are the function's. ``weight`` is a buffer; ``forward`` takes ``mask`` and ``normalizer``.
+    """
+
+    __constants__: list[str] = [
+        "gamma_neg", "gamma_pos", "clip", "reduction", "label_smoothing", "ignore_index", "mean_dim",
+    ]  # fmt: skip
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        gamma_neg: float = 4.0,
+        gamma_pos: float = 1.0,
+        clip: float = 0.05,
+        reduction: str = "sum",
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        mean_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction("AsymmetricLoss", reduction)
+        self.register_buffer("weight", weight)
+        self.gamma_neg, self.gamma_pos, self.clip = float(gamma_neg), float(gamma_pos), float(clip)
+        self.reduction, self.label_smoothing = reduction, float(label_smoothing)
+        self.ignore_index, self.mean_dim = ignore_index, mean_dim
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
+        return multilabel.asymmetric_loss(
+            input,
+            target,
+            self.gamma_neg,
+            self.gamma_pos,
+            self.clip,
+            self.reduction,
+            weight=self.weight,
+            label_smoothing=self.label_smoothing,
+            mask=mask,
+            ignore_index=self.ignore_index,
+            normalizer=normalizer,
+            mean_dim=self.mean_dim,
+        )
+
+
+class SoftmaxFocalLoss(_Shown):
+    """:func:`cece.softmax_focal_loss` as a module, of *logits*. ``weight`` is a buffer."""
+
+    __constants__: list[str] = ["gamma", "ignore_index", "reduction", "poly"]
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        gamma: float = 2.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        *,
+        poly: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_reduction("SoftmaxFocalLoss", reduction)
+        self.register_buffer("weight", weight)
+        self.gamma, self.ignore_index, self.reduction, self.poly = float(gamma), ignore_index, reduction, float(poly)
+
+    def forward(self, input: Tensor, target: Tensor, normalizer: Tensor | None = None) -> Tensor:
+        return multilabel.softmax_focal_loss(
+            input,
+            target,
+            self.weight,
+            self.gamma,
+            self.ignore_index,
+            self.reduction,
+            poly=self.poly,
+            normalizer=normalizer,
+        )
+
+
+class MultilabelCrossEntropyLoss(_Shown):
+    """:func:`cece.multilabel_cross_entropy` as a module, of *logits* and lists of labels.
+
+    Shapes, dtypes and errors are the function's. ``weight`` and ``pos_weight`` are buffers.
+    """
+
+    __constants__: list[str] = ["ignore_index", "reduction", "label_smoothing", "mean_dim"]
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        mean_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_reduction("MultilabelCrossEntropyLoss", reduction)
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.label_smoothing, self.mean_dim = float(label_smoothing), mean_dim
+
+    def forward(
+        self,
+        input: Tensor,
+        labels: Tensor,
+        offsets: Tensor | None = None,
+        mask: Tensor | None = None,
+        normalizer: Tensor | None = None,
+    ) -> Tensor:
+        return multilabel.multilabel_cross_entropy(
+            input,
+            labels,
+            offsets,
+            self.weight,
+            self.pos_weight,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing,
+            mask=mask,
+            normalizer=normalizer,
+            mean_dim=self.mean_dim,
+        )
+
+
+class PairwiseSigmoidLoss(torch.nn.Module):
+    """:func:`cece.pairwise_sigmoid_loss` of embeddings, with SigLIP's two parameters, which learn with the model.
+
+    ``log_scale``, from log 10 on, and ``bias``, from -10 on: at first almost every pair is taken for none, as it is.
+    """
+
+    __constants__: list[str] = ["reduction"]
+
+    def __init__(self, scale: float = 10.0, bias: float = -10.0, reduction: str = "mean") -> None:
+        super().__init__()
+        check_reduction("PairwiseSigmoidLoss", reduction)
+        self.log_scale = torch.nn.Parameter(torch.tensor(float(scale)).log())
+        self.bias = torch.nn.Parameter(torch.tensor(float(bias)))
+        self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        return multilabel.pairwise_sigmoid_loss(input, other, self.log_scale.exp(), self.bias, self.reduction)

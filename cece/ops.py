@@ -23,6 +23,8 @@ DIVERGENCE_BACKWARD = torch.ops.cece.divergence_backward.default
 WANTED = {"log_prob": 1, "entropy": 2, "logsumexp": 4, "collision": 8, "argmax": 16}
 
 NONE, MEAN, SUM = 0, 1, 2  # reductions, with torch's numbers
+COUNTED = 3  # (2): the sum, and of how many elements; elementwise losses only
+ON_PROBABILITIES, WITH_LOGITS, FOCAL, ASYMMETRIC = 0, 1, 2, 3  # kinds of elementwise losses (csrc/numerics.h)
 
 
 def used_labels(target: Tensor, ignore_index: int) -> Tensor:
@@ -185,33 +187,73 @@ def _batch_in_front(dims, *tensors):
     return [lift(t, d) for t, d in zip(tensors, dims, strict=True)]
 
 
+def _dims(in_dims, args):
+    """One batch dimension or None for each argument: those left out have none, and a list of numbers has one in all."""
+    dims = [*in_dims, *[None] * (len(args) - len(in_dims))]
+    return [d if isinstance(a, torch.Tensor) else None for a, d in zip(args, dims, strict=True)]
+
+
 @torch.library.register_vmap("cece::binary_cross_entropy_forward")
-def _(info, in_dims, input, target, weight, pos_weight, with_logits, reduction):
-    size = info.batch_size
-    one = _one(BCE, in_dims, (input, target, weight, pos_weight, with_logits, reduction))
+def _(info, in_dims, input, target, weight, pos_weight, kind, reduction, mask=None, own=(), offsets=None, padding=None):
+    size, args = info.batch_size, (input, target, weight, pos_weight, kind, reduction, mask, own, offsets, padding)
+    dims = _dims(in_dims, args)
+    one = _one(BCE, dims, args)
     if size == 0:
         return _nothing(input, one)
-    input, target, weight, pos_weight = _batch_in_front(in_dims[:4], input, target, weight, pos_weight)
+    if padding is not None:
+        return _loop(BCE, size, dims, args)
+    tensors = _batch_in_front([*dims[:4], dims[6]], input, target, weight, pos_weight, mask)
+    input, target, weight, pos_weight, mask = tensors
     input, target = input.expand(size, *input.shape[1:]), target.expand(size, *target.shape[1:])
-    loss = BCE(input, target, weight, pos_weight, with_logits, NONE)
+    loss = BCE(input, target, weight, pos_weight, kind, NONE, mask, own)
     if reduction != NONE:
         loss = loss.reshape(size, -1)
+        used = torch.full_like(loss[:, 0], loss.shape[1]) if mask is None else _used(mask, input)
         loss = loss.mean(1) if reduction == MEAN else loss.sum(1)
+        loss = torch.stack([loss, used], 1) if reduction == COUNTED else loss
     return loss, 0
 
 
+def _used(mask, input):
+    return mask.expand(input.shape).reshape(len(input), -1).sum(1)
+
+
 @torch.library.register_vmap("cece::binary_cross_entropy_backward")
-def _(info, in_dims, grad, input, target, weight, pos_weight, with_logits, reduction):
-    size = info.batch_size
-    one = _one(BCE_BACKWARD, in_dims, (grad, input, target, weight, pos_weight, with_logits, reduction))
+def _(
+    info,
+    in_dims,
+    grad,
+    input,
+    target,
+    weight,
+    pos_weight,
+    kind,
+    reduction,
+    mask=None,
+    own=(),
+    offsets=None,
+    padding=None,
+):
+    size, args = (
+        info.batch_size,
+        (grad, input, target, weight, pos_weight, kind, reduction, mask, own, offsets, padding),
+    )
+    dims = _dims(in_dims, args)
+    one = _one(BCE_BACKWARD, dims, args)
     if size == 0:
         return _nothing(input, one)
-    grad, input, target, weight, pos_weight = _batch_in_front(in_dims[:5], grad, input, target, weight, pos_weight)
+    if padding is not None:
+        return _loop(BCE_BACKWARD, size, dims, args)
+    if reduction == COUNTED:
+        grad = grad[0] if dims[0] is None else grad.movedim(dims[0], 0)[:, 0]
+        dims[0] = None if dims[0] is None else 0
+    tensors = _batch_in_front([*dims[:5], dims[7]], grad, input, target, weight, pos_weight, mask)
+    grad, input, target, weight, pos_weight, mask = tensors
     input, target = input.expand(size, *input.shape[1:]), target.expand(size, *target.shape[1:])
     if reduction == MEAN:
         grad = grad / input[0].numel()
     grad = grad.expand(input.shape)
-    return BCE_BACKWARD(grad, input, target, weight, pos_weight, with_logits, NONE), 0
+    return BCE_BACKWARD(grad, input, target, weight, pos_weight, kind, NONE, mask, own), 0
 
 
 @torch.library.register_vmap("cece::divergence_forward")

@@ -113,6 +113,16 @@ def token_statistics(
     return out
 
 
+def _elements(loss: Tensor, weight: Tensor | None, reduction: str, mask: Tensor | None = None) -> Tensor:
+    loss = loss if weight is None else loss * weight.to(loss.dtype)
+    used = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask.expand(loss.shape)
+    return _reduce(torch.where(used, loss, 0), reduction, used.sum())
+
+
+def _smoothed(target: Tensor, input: Tensor, label_smoothing: float) -> Tensor:
+    return (1 - label_smoothing) * target.to(input.dtype) + label_smoothing / 2
+
+
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -120,13 +130,16 @@ def binary_cross_entropy_with_logits(
     *,
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    poly: float = 0.0,
 ) -> Tensor:
-    """``(1 - y) softplus(x) + p y softplus(-x)``, times the weight."""
-    y = target.to(input.dtype)
+    """``(1 - y) (softplus(x) + e sigmoid(x)) + p y (softplus(-x) + e sigmoid(-x))``, times the weight; e is poly."""
+    y = _smoothed(target, input, label_smoothing)
     p = 1 if pos_weight is None else pos_weight.to(input.dtype)
-    loss = -(1 - y) * torch.nn.functional.logsigmoid(-input) - p * y * torch.nn.functional.logsigmoid(input)
-    loss = loss if weight is None else loss * weight.to(input.dtype)
-    return _reduce(loss, reduction, loss.numel())
+    up, down = -torch.nn.functional.logsigmoid(-input), -torch.nn.functional.logsigmoid(input)
+    loss = (1 - y) * (up + poly * input.sigmoid()) + p * y * (down + poly * (-input).sigmoid())
+    return _elements(loss, weight, reduction, mask)
 
 
 def binary_cross_entropy(
@@ -135,8 +148,7 @@ def binary_cross_entropy(
     """``-y log x - (1 - y) log(1 - x)`` of probabilities x, each logarithm no lower than -100, times the weight."""
     y = target.to(input.dtype)
     loss = -y * input.log().clamp_min(-100) - (1 - y) * (-input).log1p().clamp_min(-100)
-    loss = loss if weight is None else loss * weight.to(input.dtype)
-    return _reduce(loss, reduction, loss.numel())
+    return _elements(loss, weight, reduction)
 
 
 def _log_softmaxes(logits: Tensor, other: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -162,3 +174,92 @@ def js_divergence(logits: Tensor, other_logits: Tensor, *, temperature: float = 
     log_p, log_q = _log_softmaxes(logits, other_logits, temperature)
     log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
     return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+
+
+def sigmoid_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    poly: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``a q^gamma (l + e q)``, l the binary cross-entropy, ``q = 1 - p`` what is given to what is not so; e is poly."""
+    y = _smoothed(target, input, label_smoothing)
+    q = (1 - y) * input.sigmoid() + y * (-input).sigmoid()
+    cross_entropy = binary_cross_entropy_with_logits(input, y, reduction="none")
+    a = 1 if alpha < 0 else alpha * y + (1 - alpha) * (1 - y)
+    return _elements(a * q**gamma * (cross_entropy + poly * q), weight, reduction, mask)
+
+
+def asymmetric_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 1.0,
+    clip: float = 0.05,
+    reduction: str = "sum",
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``-y (1 - p)^gamma_pos log p - (1 - y) m^gamma_neg log(1 - m)``, with ``m = max(p - clip, 0)``."""
+    y = _smoothed(target, input, label_smoothing)
+    down = -torch.nn.functional.logsigmoid(input)
+    p = input.sigmoid()
+    above = p > clip
+    m = torch.where(above, p - clip, 0.5)  # 0.5: a power below 1 has no derivative at 0
+    rest = -torch.nn.functional.logsigmoid(-input) if clip == 0 else -torch.log1p(-m)
+    negative = torch.where(above, m**gamma_neg * rest, 0)
+    loss = y * (-input).sigmoid() ** gamma_pos * down + (1 - y) * negative
+    return _elements(loss, weight, reduction, mask)
+
+
+def softmax_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    gamma: float = 2.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    poly: float = 0.0,
+) -> Tensor:
+    """``w (1 - p)^gamma (-log p + e (1 - p))`` of the label's probability p; e is poly."""
+    cost = cross_entropy(input, target, None, ignore_index=ignore_index, reduction="none")
+    used = target != ignore_index
+    w = torch.ones(input.shape[min(1, input.dim() - 1)], dtype=cost.dtype) if weight is None else weight.to(cost.dtype)
+    w = torch.where(used, w[torch.where(used, target, 0).long()], 0)
+    q = -torch.expm1(-cost)
+    return _reduce(torch.where(used, w * q**gamma * (cost + poly * q), 0), reduction, w.sum())
+
+
+def multilabel_cross_entropy(
+    input: Tensor,
+    labels: list[list[int]],
+    weight: Tensor | None = None,
+    *,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The binary cross-entropy of a truth that is ``(1 - s) + s / C`` at each sample's labels and else ``s / C``."""
+    y = torch.full_like(input, label_smoothing / input.shape[1])
+    for row, listed in zip(y, labels, strict=True):
+        row[listed] = 1 - label_smoothing + label_smoothing / input.shape[1]
+    return binary_cross_entropy_with_logits(input, y, weight, pos_weight=pos_weight, reduction=reduction, mask=mask)
+
+
+def pairwise_sigmoid_loss(
+    input: Tensor, other: Tensor, scale: Tensor | float, bias: Tensor | float, reduction: str = "mean"
+) -> Tensor:
+    """``-log sigmoid(z (scale x_i . y_j + bias))``, z = 1 on the diagonal and -1 elsewhere; a mean is over rows."""
+    logits = scale * input @ other.t() + bias
+    z = 2 * torch.eye(*logits.shape, dtype=logits.dtype) - 1
+    return _reduce(-torch.nn.functional.logsigmoid(z * logits), reduction, len(input))

@@ -10,7 +10,8 @@ namespace cece {
 constexpr int kMaxDims = 12;  // merged dimensions; check.h copies a tensor that needs more
 
 enum class Dtype : int32_t { f64, f32, f16, bf16, u8, i8, i16, i32, i64 };  // bool is u8
-enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };             // torch's numbers
+// torch's numbers; `counted` is the sum, and beside it how many elements went into it
+enum class Reduction : int32_t { none = 0, mean = 1, sum = 2, counted = 3 };
 
 struct Shape {
   int dims;
@@ -77,18 +78,33 @@ struct TokenStatisticsArgs : CrossEntropyArgs {
   const void *grad_entropy, *grad_logsumexp, *grad_collision;  // beside grad_loss, which may be null here
 };
 
-// Elementwise: one loss for each element of `shape`, whose dimensions are in the order of the input's memory.
+// A truth that is 1 at the listed classes of each row, else 0. Element i of the shape, which is (rows, classes) in
+// logical order, is class i % classes of row i / classes; its labels are those from begin(row) to begin(row + 1).
+struct ListedTruth {
+  Operand labels;          // contiguous, any integer; absent: there is a dense target
+  const int64_t* offsets;  // (rows + 1), or null: `each` labels a row
+  int64_t each, count;     // count: of all labels
+  int64_t classes;
+  int64_t padding;  // a label that is none
+};
+
+// Elementwise: one loss for each element of `shape`, whose dimensions are in the order of the input's memory, with a
+// listed truth in logical order.
 struct BinaryCrossEntropyArgs {
   Shape shape;
-  Operand input, target;
+  Operand input, target;       // target: absent where `listed` has the truth
   Operand weight, pos_weight;  // broadcast by zero strides, or absent
-  bool with_logits;
+  Operand mask;                // u8, 0 where an element is left out; broadcast, or absent
+  ListedTruth listed;
+  int64_t kind;         // a row of visit_loss (numerics.h)
+  double own[4];        // that loss's parameters
+  double keep, spread;  // the truth counts as keep y + spread
   Reduction reduction;
 
   void* loss;     // shape, Acc, contiguous; null unless reduction is none
-  void* partial;  // (chunks) double or null: sums in a fixed order
-  int64_t* bad;   // CPU: the first element that is no probability, or shape.count
-  void* reduced;  // () Acc
+  void* partial;  // (chunks, 2) double or null: sums and counts in a fixed order
+  int64_t* bad;   // CPU: the first element that is no probability, or label that is no class; INT64_MAX: none
+  void* reduced;  // () Acc, or (2) when counted
 
   Operand grad_loss;   // Acc, broadcast when reduced
   Operand grad_input;  // shape

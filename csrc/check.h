@@ -535,31 +535,71 @@ inline DivergenceCall check_divergence(const Tensor& x, const Tensor& y, const M
   return call;
 }
 
-// ---- binary cross-entropy
+// ---- binary cross-entropy and the other elementwise losses
 
-inline const char* name_of(bool with_logits) {
-  return with_logits ? "binary_cross_entropy_with_logits" : "binary_cross_entropy";
+// A call's arguments beside the gradient, as the operators take them.
+struct BinaryCrossEntropyInputs {
+  const Tensor &input, &target;
+  const MaybeTensor &weight, &pos_weight;
+  int64_t kind, reduction;
+  const MaybeTensor& mask;
+  at::ArrayRef<double> parameters;
+  const MaybeTensor& offsets;
+  std::optional<int64_t> padding;
+};
+
+inline const char* name_of(const BinaryCrossEntropyInputs& in) {
+  constexpr const char* names[] = {"binary_cross_entropy", "binary_cross_entropy_with_logits", "sigmoid_focal_loss",
+                                   "asymmetric_loss"};
+  TORCH_CHECK_VALUE(in.kind >= 0 && in.kind < 4, "cece: kind must be one of 0, 1, 2 and 3, got ", in.kind);
+  return in.padding ? "multilabel_cross_entropy" : names[in.kind];
+}
+
+// The labels of rows, (N, K) or, with offsets, all in one.
+inline void check_listed(const char* op, const BinaryCrossEntropyInputs& in) {
+  const auto sizes = in.input.sym_sizes();
+  TORCH_CHECK(in.input.dim() == 2, "cece.", op, ": input must have shape (N, C), got ", sizes);
+  TORCH_CHECK(at::isIntegralType(in.target.scalar_type(), /*includeBool=*/false) && dtype_of(in.target), "cece.", op,
+              ": labels must be class indices of an integer dtype, got ", in.target.scalar_type());
+  if (!present(in.offsets)) {
+    TORCH_CHECK_VALUE(in.target.dim() == 2 && same(in.target.sym_size(0), sizes[0]), "cece.", op,
+                      ": labels must have shape (N, K), N = ", sizes[0], ", or come with offsets, got ",
+                      in.target.sym_sizes());
+    return;
+  }
+  const Tensor& offsets = *in.offsets;
+  check_device(op, "offsets", offsets, in.input);
+  TORCH_CHECK(offsets.scalar_type() == at::kLong || offsets.scalar_type() == at::kInt, "cece.", op,
+              ": offsets must be int64 or int32, got ", offsets.scalar_type());
+  TORCH_CHECK_VALUE(in.target.dim() == 1, "cece.", op, ": labels must have shape (K) beside offsets, got ",
+                    in.target.sym_sizes());
+  TORCH_CHECK_VALUE(offsets.dim() == 1 && same(offsets.sym_size(0), sizes[0] + 1), "cece.", op,
+                    ": offsets must have shape (N + 1), N = ", sizes[0], ", got ", offsets.sym_sizes());
 }
 
 // Returns the type sums are formed in. grad_loss: null for a forward.
-inline at::ScalarType check_binary_cross_entropy_shapes(const Tensor& input, const Tensor& target,
-                                                        const MaybeTensor& weight, const MaybeTensor& pos_weight,
-                                                        bool with_logits, int64_t reduction,
+inline at::ScalarType check_binary_cross_entropy_shapes(const BinaryCrossEntropyInputs& in,
                                                         const Tensor* grad_loss = nullptr) {
-  const char* op = name_of(with_logits);
+  const char* op = name_of(in);
+  const Tensor &input = in.input, &target = in.target;
   const auto sizes = input.sym_sizes();
   check_float(op, "input", input);
-  check_device(op, "target", target, input);
-  TORCH_CHECK(dtype_of(target), "cece.", op, ": target must be a float, integer or bool tensor, got ",
-              target.scalar_type());
-  TORCH_CHECK_VALUE(same(target.sym_sizes(), sizes), "cece.", op, ": Target size (", target.sym_sizes(),
-                    ") must be the same as input size (", sizes, ")");
-  TORCH_CHECK_VALUE(reduction >= 0 && reduction <= 2, "cece.", op,
-                    ": reduction must be 'none', 'mean' or 'sum', got number ", reduction);
-  const auto check_factor = [&](const char* name, const MaybeTensor& t) {
+  check_device(op, in.padding ? "labels" : "target", target, input);
+  if (in.padding) {
+    check_listed(op, in);
+  } else {
+    TORCH_CHECK(dtype_of(target), "cece.", op, ": target must be a float, integer or bool tensor, got ",
+                target.scalar_type());
+    TORCH_CHECK_VALUE(same(target.sym_sizes(), sizes), "cece.", op, ": Target size (", target.sym_sizes(),
+                      ") must be the same as input size (", sizes, ")");
+  }
+  TORCH_CHECK_VALUE(in.reduction >= 0 && in.reduction <= 3, "cece.", op,
+                    ": reduction must be 'none', 'mean' or 'sum', got number ", in.reduction);
+  TORCH_CHECK_VALUE(in.parameters.empty() || in.parameters.size() == 2 || in.parameters.size() == 6, "cece.", op,
+                    ": parameters must be none, 2 or 6 numbers, got ", in.parameters.size());
+  const auto check_broadcast = [&](const char* name, const MaybeTensor& t) {
     if (!present(t)) return;
     check_device(op, name, *t, input);
-    check_float(op, name, *t);
     bool fits = t->dim() <= input.dim();
     for (int64_t d = 1; fits && d <= t->dim(); d++) {
       const auto size = t->sym_size(-d);
@@ -568,71 +608,114 @@ inline at::ScalarType check_binary_cross_entropy_shapes(const Tensor& input, con
     TORCH_CHECK(fits, "cece.", op, ": ", name, " must be broadcastable to input's shape ", sizes, ", got ",
                 t->sym_sizes());
   };
-  check_factor("weight", weight);
-  check_factor("pos_weight", pos_weight);
+  if (present(in.weight)) check_float(op, "weight", *in.weight);
+  check_broadcast("weight", in.weight);
+  if (present(in.pos_weight)) check_float(op, "pos_weight", *in.pos_weight);
+  check_broadcast("pos_weight", in.pos_weight);
+  TORCH_CHECK(!present(in.mask) || in.mask->scalar_type() == at::kBool, "cece.", op,
+              ": mask must be a bool tensor, got ", in.mask->scalar_type());
+  check_broadcast("mask", in.mask);
   if (grad_loss) {
-    const bool none = Reduction(reduction) == Reduction::none;
-    TORCH_CHECK(none ? same(grad_loss->sym_sizes(), sizes) : grad_loss->dim() == 0, "cece.", op,
-                "_backward: grad must have the shape of the loss, got ", grad_loss->sym_sizes());
+    const auto reduction = Reduction(in.reduction);
+    const bool fits = reduction == Reduction::none      ? same(grad_loss->sym_sizes(), sizes)
+                      : reduction == Reduction::counted ? grad_loss->dim() == 1 && same(grad_loss->sym_size(0), 2)
+                                                        : grad_loss->dim() == 0;
+    TORCH_CHECK(fits, "cece.", op, "_backward: grad must have the shape of the loss, got ", grad_loss->sym_sizes());
     check_device(op, "grad", *grad_loss, input);
   }
-  return acc_type({&input, &target, present(weight) ? &*weight : nullptr});
+  return acc_type({&input, in.padding ? nullptr : &target, present(in.weight) ? &*in.weight : nullptr});
 }
 inline Tensor allocate_loss(const Tensor& input, at::ScalarType acc, int64_t reduction) {
   const auto options = input.options().dtype(acc);
-  return Reduction(reduction) == Reduction::none ? at::empty_like(input, options) : at::empty({}, options);
+  switch (Reduction(reduction)) {
+    case Reduction::none:
+      return at::empty_like(input, options);
+    case Reduction::counted:
+      return at::empty({2}, options);
+    default:
+      return at::empty({}, options);
+  }
 }
 
 struct BinaryCrossEntropyCall {
   BinaryCrossEntropyArgs args{};
-  std::array<Tensor, 6> held;  // input, target, weight, pos_weight, grad_loss, grad_input
+  // input, weight, pos_weight, mask, grad_loss, grad_input, target: walked together; labels and offsets are not
+  std::array<Tensor, 7> held;
+  Tensor labels, offsets;
   at::ScalarType acc;
   std::vector<int64_t> dims;  // of input, from the outermost in its memory: elements are taken in that order
 };
 
-inline BinaryCrossEntropyCall check_binary_cross_entropy(const Tensor& input, const Tensor& target,
-                                                         const MaybeTensor& weight, const MaybeTensor& pos_weight,
-                                                         bool with_logits, int64_t reduction,
+inline BinaryCrossEntropyCall check_binary_cross_entropy(const BinaryCrossEntropyInputs& in,
                                                          const Tensor* grad_loss = nullptr,
                                                          const Tensor* grad_input = nullptr) {
   BinaryCrossEntropyCall call;
-  call.acc = check_binary_cross_entropy_shapes(input, target, weight, pos_weight, with_logits, reduction, grad_loss);
+  call.acc = check_binary_cross_entropy_shapes(in, grad_loss);
+  constexpr int kGradLoss = 4, kGradInput = 5;
+  const Tensor& input = in.input;
   call.held[0] = input;
-  call.held[1] = target;
-  if (present(weight)) call.held[2] = weight->expand(input.sizes());
-  if (present(pos_weight)) call.held[3] = pos_weight->expand(input.sizes());
+  if (present(in.weight)) call.held[1] = in.weight->expand(input.sizes());
+  if (present(in.pos_weight)) call.held[2] = in.pos_weight->expand(input.sizes());
+  if (present(in.mask)) call.held[3] = in.mask->expand(input.sizes());
 
   BinaryCrossEntropyArgs& a = call.args;
-  a.with_logits = with_logits;
-  a.reduction = Reduction(reduction);
+  a.kind = in.kind;
+  a.keep = in.parameters.empty() ? 1 : in.parameters[0];
+  a.spread = in.parameters.empty() ? 0 : in.parameters[1];
+  for (size_t i = 2; i < in.parameters.size(); i++) a.own[i - 2] = in.parameters[i];
+  a.reduction = Reduction(in.reduction);
   const bool none = a.reduction == Reduction::none;
   if (grad_loss) {
-    call.held[4] = grad_loss->scalar_type() == call.acc ? *grad_loss : grad_loss->to(call.acc);
-    if (!none) a.grad_loss.data = data_of(call.held[4]);
+    call.held[kGradLoss] = grad_loss->scalar_type() == call.acc ? *grad_loss : grad_loss->to(call.acc);
+    if (!none) a.grad_loss.data = data_of(call.held[kGradLoss]);  // of (2), the first is the sum's
   }
-  if (grad_input) call.held[5] = *grad_input;
+  if (grad_input) call.held[kGradInput] = *grad_input;
+  if (in.padding) {
+    call.labels = in.target.contiguous();
+    a.listed.labels = {data_of(call.labels), *dtype_of(call.labels), 0, {}};
+    a.listed.count = call.labels.numel();
+    a.listed.classes = input.size(1);
+    a.listed.padding = *in.padding;
+    if (present(in.offsets)) {
+      call.offsets = contiguous_as(*in.offsets, at::kLong);
+      a.listed.offsets = call.offsets.const_data_ptr<int64_t>();
+    } else {
+      a.listed.each = call.labels.size(1);
+    }
+  } else {
+    call.held[6] = in.target;
+  }
 
-  Operand* operands[] = {&a.input, &a.target, &a.weight, &a.pos_weight, &a.grad_loss, &a.grad_input};
-  call.dims = memory_order(input);
+  Operand* operands[] = {&a.input, &a.weight, &a.pos_weight, &a.mask, &a.grad_loss, &a.grad_input, &a.target};
+  constexpr int kAll = sizeof(operands) / sizeof(operands[0]);
+  const auto walked = [&](int i) { return call.held[i].defined() && (i != kGradLoss || none); };
+  call.dims = in.padding ? logical_order(input.dim()) : memory_order(input);  // a listed truth goes by rows
   const auto merge = [&] {
-    c10::SmallVector<Strided, 6> all;
-    for (int i = 0; i < 6; i++) {
-      if (call.held[i].defined() && (i != 4 || none)) all.push_back({&call.held[i], operands[i]});
+    c10::SmallVector<Strided, kAll> all;
+    for (int i = 0; i < kAll; i++) {
+      if (walked(i)) all.push_back({&call.held[i], operands[i]});
     }
     return merge_dims(input.sizes(), call.dims, all, a.shape);
   };
   if (!merge()) {
-    for (Tensor& t : call.held) {  // the gradient too: deliver()
-      if (t.defined() && t.dim() == input.dim()) t = at::empty_like(input, t.options()).copy_(t);
+    for (int i = 0; i < kAll; i++) {  // the gradient too: deliver()
+      if (walked(i)) call.held[i] = at::empty_like(input, call.held[i].options()).copy_(call.held[i]);
     }
     merge();
   }
-  for (int i = 0; i < 6; i++) {
-    if (!call.held[i].defined() || (i == 4 && !none)) continue;
-    operands[i]->data = i == 5 ? room_of(call.held[i]) : data_of(call.held[i]);
+  for (int i = 0; i < kAll; i++) {
+    if (!walked(i)) continue;
+    operands[i]->data = i == kGradInput ? room_of(call.held[i]) : data_of(call.held[i]);
     operands[i]->dtype = *dtype_of(call.held[i]);
   }
   return call;
 }
+
+// The operators' arguments as written in ops.cpp, and as the structs above.
+#define CECE_BINARY_PARAMETERS                                                                                       \
+  const Tensor &input, const Tensor &target, const MaybeTensor &weight, const MaybeTensor &pos_weight, int64_t kind, \
+      int64_t reduction, const MaybeTensor &mask, at::ArrayRef<double> parameters, const MaybeTensor &offsets,       \
+      std::optional<int64_t> padding
+#define CECE_BINARY_ARGUMENTS input, target, weight, pos_weight, kind, reduction, mask, parameters, offsets, padding
 
 }  // namespace cece

@@ -56,16 +56,12 @@ Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g
   return at::empty_like(logits);
 }
 
-Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
-                                    const MaybeTensor& pos_weight, bool with_logits, int64_t reduction) {
-  const auto acc = check_binary_cross_entropy_shapes(input, target, weight, pos_weight, with_logits, reduction);
-  return allocate_loss(input, acc, reduction);
+Tensor binary_cross_entropy_forward(CECE_BINARY_PARAMETERS) {
+  return allocate_loss(input, check_binary_cross_entropy_shapes({CECE_BINARY_ARGUMENTS}), reduction);
 }
 
-Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                     const MaybeTensor& weight, const MaybeTensor& pos_weight, bool with_logits,
-                                     int64_t reduction) {
-  check_binary_cross_entropy_shapes(input, target, weight, pos_weight, with_logits, reduction, &grad);
+Tensor binary_cross_entropy_backward(const Tensor& grad, CECE_BINARY_PARAMETERS) {
+  check_binary_cross_entropy_shapes({CECE_BINARY_ARGUMENTS}, &grad);
   return at::empty_like(input);
 }
 

@@ -96,7 +96,7 @@ CECE_HD double log1p_(double z) { return ::log1p(z); }
 CECE_HD double log1p_unit(double z) { return ::log1p(z); }
 CECE_HD float fmadd(float a, float b, float c) { return a * b + c; }
 CECE_HD double fmadd(double a, double b, double c) { return a * b + c; }
-// 1 / d for 1 <= d <= 3, at most 1 ULP: a division has a branch for subnormals and overflows, which are none here.
+// 1 / d for 1 <= d <= 6, at most 1 ULP: a division has a branch for subnormals and overflows, which are none here.
 CECE_HD double reciprocal_unit(double d) { return 1 / d; }
 #if defined(__CUDA_ARCH__)
 CECE_HD float reciprocal_unit(float d) {
@@ -119,6 +119,9 @@ CECE_HD F log1p_of_ratio(F s) {
   return fmadd(twice * u, q, twice);
 }
 CECE_HD float log1p_unit(float z) { return log1p_of_ratio(z * reciprocal_unit(z + 2.f)); }
+// The same where 1 / (z + 2) is at hand
+CECE_HD float log1p_unit(float z, float one_over) { return log1p_of_ratio(z * one_over); }
+CECE_HD double log1p_unit(double z, double) { return ::log1p(z); }
 // log(z), for z in [0, 1]
 CECE_HD float log_(float z) { return CECE_GPU(::logf(z), z, 1); }
 CECE_HD double log_(double z) { return ::log(z); }
@@ -530,16 +533,22 @@ CECE_HD T weighted(T weight, T loss) {
   return select(equal(loss, loss), times(weight, loss), loss);
 }
 
+// Each loss is an object with `loss` and `slope`, the loss's derivative in x, of an input x, a truth y and a pos_weight
+// p. All other derivatives, of every order, come from these two (autograd/number.h), so neither may hide one: a value
+// that is not selected is made finite before it is divided by.
+
 // On logits: (1 - y) softplus(x) + p y softplus(-x), with softplus(x) = max(x, 0) + log1p(e^{-|x|}) and p the
 // pos_weight. Of max(x, 0) and max(-x, 0) one is 0 and the other |x|. The textbook's
 // max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
 struct BinaryCrossEntropyWithLogits {
   static constexpr bool kProbabilities = false;
 
+  CECE_HD explicit BinaryCrossEntropyWithLogits(const double*) {}
+
   template <class T, class E = Exp>
   CECE_HD static T loss(T x, T y, T pos_weight, E exp = E()) {
     const T negative = T(1) - y, positive = pos_weight * y;
-    const T wrong = select(greater(x, T(0)), negative, positive);  // the mass on the other side of x
+    const T wrong = select(greater(T(0), x), positive, negative);  // the mass on the other side of x
     return times(wrong, abs_(x)) + (negative + positive) * log1p_unit(exp(-abs_(x)));
   }
   // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential
@@ -556,25 +565,192 @@ struct BinaryCrossEntropyWithLogits {
 struct BinaryCrossEntropy {
   static constexpr bool kProbabilities = true;
 
-  template <class T>
-  CECE_HD static T capped(T minus_log) {
-    return select(greater(minus_log, T(100)), T(100), minus_log);
-  }
+  CECE_HD explicit BinaryCrossEntropy(const double*) {}
+
   template <class T, class E = Exp>
   CECE_HD static T loss(T x, T y, T, E = E()) {
-    return y * capped(-log_(x)) + (T(1) - y) * capped(-log1p_minus(x));
+    return y * minus_log(x) + (T(1) - y) * minus_log_of_rest(x);
   }
+  // (1 - y) / (1 - x) - y / x, whose derivative does not cancel, where (x - y) / (x (1 - x)) would have one that does
   template <class T, class E = Exp>
   CECE_HD static T slope(T x, T y, T, E = E()) {
-    const T variance = (T(1) - x) * x, least = T(1e-12);
-    return (x - y) / select(greater(least, variance), least, variance);
+    const auto clamped = greater(T(1e-12), (T(1) - x) * x);
+    const T inside = select(clamped, T(0.5), x);
+    return select(clamped, (x - y) * T(1e12), (T(1) - y) / (T(1) - inside) - y / inside);
+  }
+  template <class T>
+  CECE_HD static T minus_log(T x) {
+    const auto cut = greater(T(3.7200759760208361e-44), x);  // e^-100
+    return select(cut, T(100), -log_(select(cut, T(1), x)));
   }
   // log(1 - x): the rounding of 1 - x, which is known exactly, is put back to first order.
   template <class T>
-  CECE_HD static T log1p_minus(T x) {
+  CECE_HD static T minus_log_of_rest(T x) {
     const T q = T(1) - x, lost = (T(1) - q) - x;
-    return select(equal(q, T(0)), log_(q), log_(q) + lost / q);
+    const auto cut = equal(q, T(0));
+    const T rest = select(cut, T(1), q);
+    return select(cut, T(100), -(log_(rest) + lost / rest));
   }
 };
+
+// sigmoid(x), sigmoid(-x) = 1 - sigmoid(x), and minus the logarithm of each, from one exponential z and one division:
+// 1 / (1 + z) and the 1 / (2 + z) of the logarithm are what is left of 1 / ((1 + z) (2 + z)).
+template <class T>
+struct Sigmoid {
+  decltype(greater(T(0), T(0))) below;  // x < 0
+  T p, rest;                            // p + rest = 1
+  T size, least;  // |x|, log(1 + e^{-|x|}): of -log p and -log rest the less is `least`, the greater size + least
+
+  CECE_HD T cost() const { return select(below, size + least, least); }          // -log p = softplus(-x)
+  CECE_HD T cost_of_rest() const { return select(below, least, size + least); }  // -log rest = softplus(x)
+  // no (-log rest) + yes (-log p), as above
+  CECE_HD T cross_entropy(T no, T yes) const { return times(select(below, yes, no), size) + (no + yes) * least; }
+};
+template <class T, class E>
+CECE_HD Sigmoid<T> sigmoid(T x, E exp) {
+  const auto below = greater(T(0), x);
+  const T size = abs_(x), z = exp(-size), one = T(1) + z, two = T(2) + z, both = reciprocal_unit(one * two);
+  const T big = two * both, small = z * big;
+  return {below, select(below, small, big), select(below, big, small), size, log1p_unit(z, one * both)};
+}
+
+// q^e for q in [0, 1] and e >= 0. Whole factors are multiplied, so that q^2 has the bits that q has; what is left is
+// e^(r log q), off by |r log q| units of the last place.
+template <class A>
+struct Power {
+  int whole;
+  A rest, all;
+
+  CECE_HD explicit Power(double e) : whole(e <= 8 ? int(e) : 0), rest(A(e - whole)), all(A(e)) {}
+  template <class T>
+  CECE_HD T operator()(T q) const {
+    return power(q, whole);
+  }
+  // The derivative of q^e cost, where those of q and of the cost are dq and d_cost. Below e = 1 what q^(e - 1) has too
+  // much is taken out of dq.
+  template <class T>
+  CECE_HD T slope(T q, T dq, T cost, T d_cost) const {
+    if (all == A(0)) return d_cost;
+    if (whole > 0) return power(q, whole - 1) * (T(all) * times(dq, cost) + q * d_cost);
+    return power(q, 0) * (T(all) * times(dq / select(equal(q, T(0)), T(1), q), cost) + d_cost);
+  }
+
+ private:
+  template <class T>
+  CECE_HD T power(T q, int factors) const {
+    T result = T(1);
+    if (rest != A(0)) {
+      const auto none = equal(q, T(0));
+      result = select(none, T(0), exp_nonpositive(T(rest) * log_(select(none, T(1), q))));
+    }
+    for (int i = 0; i < factors; i++) result = result * q;
+    return result;
+  }
+};
+
+// On logits: a q^gamma (l + poly q'), with the binary cross-entropy l, the probability q = (1 - y) sigmoid(x) +
+// y sigmoid(-x) that the model gives to what is not so, q' the same with the pos_weight in its second term, as in l,
+// and a the weight `negative` at y = 0, `positive` at y = 1. gamma = 0 leaves the cross-entropy with its poly term.
+// (Lin et al. 2017, "Focal Loss for Dense Object Detection"; Leng et al. 2022, "PolyLoss", section 4, for poly.)
+template <class A>
+struct SigmoidFocal {
+  static constexpr bool kProbabilities = false;
+  A positive, negative, poly;
+  Power<A> power;
+
+  CECE_HD explicit SigmoidFocal(const double* own)
+      : positive(A(own[0])), negative(A(own[1])), poly(A(own[3])), power(own[2]) {}
+
+  template <class T, class E = Exp>
+  CECE_HD T loss(T x, T y, T pos_weight, E exp = E()) const {
+    const Parts<T> l(*this, x, y, pos_weight, exp);
+    return times(l.factor, power(l.q) * l.cost);
+  }
+  template <class T, class E = Exp>
+  CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
+    const Parts<T> l(*this, x, y, pos_weight, exp);
+    const T dp = l.s.p * l.s.rest;  // the derivative of sigmoid(x)
+    T d_cost = l.no * l.s.p - l.yes * l.s.rest;
+    if (poly != A(0)) d_cost = d_cost + T(poly) * ((l.no - l.yes) * dp);
+    return l.factor * power.slope(l.q, (l.no - y) * dp, l.cost, d_cost);
+  }
+
+ private:
+  template <class T>
+  struct Parts {
+    Sigmoid<T> s;
+    T no, yes, factor, q, cost;
+
+    template <class E>
+    CECE_HD Parts(const SigmoidFocal& of, T x, T y, T pos_weight, E exp)
+        : s(sigmoid(x, exp)),
+          no(T(1) - y),
+          yes(pos_weight * y),
+          factor(T(of.positive) * y + T(of.negative) * no),
+          q(no * s.p + y * s.rest),
+          cost(s.cross_entropy(no, yes)) {
+      if (of.poly != A(0)) cost = cost + T(of.poly) * (no * s.p + yes * s.rest);
+    }
+  };
+};
+
+// On logits, the two outcomes each with a focus of its own, and negatives that are certain enough left alone:
+//   y = 1:  -(1 - p)^gamma_pos log p         y = 0:  -m^gamma_neg log(1 - m), m = max(p - clip, 0)
+// and in between both, by y and 1 - y. (Ridnik et al. 2021, "Asymmetric Loss for Multi-Label Classification", eq. 7.)
+template <class A>
+struct Asymmetric {
+  static constexpr bool kProbabilities = false;
+  A clip;
+  Power<A> of_pos, of_neg;
+
+  CECE_HD explicit Asymmetric(const double* own) : clip(A(own[2])), of_pos(own[0]), of_neg(own[1]) {}
+
+  template <class T, class E = Exp>
+  CECE_HD T loss(T x, T y, T pos_weight, E exp = E()) const {
+    const Sigmoid<T> s = sigmoid(x, exp);
+    const Negative<T> n(s, clip);
+    return times(pos_weight * y, of_pos(s.rest) * s.cost()) + times(T(1) - y, of_neg(n.m) * n.cost);
+  }
+  template <class T, class E = Exp>
+  CECE_HD T slope(T x, T y, T pos_weight, E exp = E()) const {
+    const Sigmoid<T> s = sigmoid(x, exp);
+    const Negative<T> n(s, clip);
+    const T down = of_pos.slope(s.rest, -(s.p * s.rest), s.cost(), -s.rest);
+    return pos_weight * y * down + (T(1) - y) * of_neg.slope(n.m, n.dm, n.cost, n.d_cost);
+  }
+
+ private:
+  template <class T>
+  struct Negative {
+    T m, dm;         // max(p - clip, 0) and its derivative
+    T cost, d_cost;  // -log(1 - m) and its derivative
+
+    CECE_HD Negative(const Sigmoid<T>& s, A clip) : m(s.p), dm(s.p * s.rest), cost(s.cost_of_rest()), d_cost(s.p) {
+      if (clip == A(0)) return;
+      const auto outside = greater(T(clip), s.p);
+      m = select(outside, T(0), s.p - T(clip));
+      dm = select(outside, T(0), dm);
+      const T q = select(outside, T(1), s.rest + T(clip)), one_over = T(1) / q;  // q = 1 - m
+      // what q lost in rounding counts where m is small
+      cost = -(log_(q) + select(greater(q, T(0.5)), (T(1) - q) - m, T(0)) * one_over);
+      d_cost = dm * one_over;
+    }
+  };
+};
+
+// The table of elementwise losses: f(loss), by the operators' `kind` and its own parameters.
+template <class A, class F>
+inline void visit_loss(int64_t kind, const double* own, F&& f) {
+  switch (kind) {
+    case 0:
+      return f(BinaryCrossEntropy(own));
+    case 1:
+      return f(BinaryCrossEntropyWithLogits(own));
+    case 2:
+      return f(SigmoidFocal<A>(own));
+    default:
+      return f(Asymmetric<A>(own));
+  }
+}
 
 }  // namespace cece

@@ -35,13 +35,17 @@ TORCH_LIBRARY(cece, m) {
       "Tensor? grad_collision, Tensor(a!) logits, Tensor? target, Tensor? weight, Tensor stats, int ignore_index, "
       "float label_smoothing, float logit_scale, float softcap, bool skip_masked_rows) -> ()",
       tags);
+  // kind: which loss, a row of visit_loss (numerics.h): 0 on probabilities, 1 with logits, 2 focal, 3 asymmetric.
+  // parameters: none, or keep and spread (the truth counts as keep y + spread) and the loss's own. padding: given where
+  // target lists the classes that are true, (N, K) or, with offsets (N + 1), (K). reduction 3: (2), sum and count.
   m.def(
-      "binary_cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "bool with_logits, int reduction) -> Tensor",
+      "binary_cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, int kind, "
+      "int reduction, Tensor? mask=None, float[] parameters=[], Tensor? offsets=None, int? padding=None) -> Tensor",
       tags);
   m.def(
       "binary_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
-      "bool with_logits, int reduction) -> Tensor",
+      "int kind, int reduction, Tensor? mask=None, float[] parameters=[], Tensor? offsets=None, int? padding=None) "
+      "-> Tensor",
       tags);
   // loss: the rows' shape. stats: (8, rows...) a numerics.h Pair. symmetric: Jensen-Shannon's, else KL(other ||
   // logits).

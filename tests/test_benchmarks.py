@@ -11,10 +11,24 @@ import torch
 import cece
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import bench_binary_cross_entropy, bench_cross_entropy, bench_divergence, gpu, harness  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_binary_cross_entropy,
+    bench_cross_entropy,
+    bench_divergence,
+    bench_multilabel,
+    bench_token_statistics,
+    gpu,
+    harness,
+)
 from benchmarks import report as reports  # noqa: E402
 
-CASES = bench_cross_entropy.CASES + bench_binary_cross_entropy.CASES + bench_divergence.CASES
+CASES = (
+    bench_cross_entropy.CASES
+    + bench_token_statistics.CASES
+    + bench_divergence.CASES
+    + bench_binary_cross_entropy.CASES
+    + bench_multilabel.CASES
+)
 PAGE = "".join(f"a\n<!-- {name}:begin -->old<!-- {name}:end -->\n" for name in reports.SECTIONS) + "c\n"
 
 

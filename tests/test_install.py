@@ -599,8 +599,8 @@ def test_cuda_tensors_of_a_build_without_kernels():
         "cross_entropy_forward": (x, y, none, 1, -100, 0.0),
         "cross_entropy_backward": (x, x, y, none, x, x, 1, -100, 0.0),
         "cross_entropy_backward_": (x, x, y, none, x, x, 1, -100, 0.0),
-        "binary_cross_entropy_forward": (x, x, none, none, True, 1),
-        "binary_cross_entropy_backward": (x, x, x, none, none, True, 1),
+        "binary_cross_entropy_forward": (x, x, none, none, 1, 1),
+        "binary_cross_entropy_backward": (x, x, x, none, none, 1, 1),
     }
     assert set(calls) == {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name[:6] == "cece::"}
     for name, arguments in calls.items():

@@ -78,14 +78,15 @@ def test_an_unknown_reduction_is_refused_at_once(name):
 
 
 OWN = "z_loss=0.0, logit_scale=1.0, softcap=None, skip_masked_rows=False"
+MORE = "label_smoothing=0.0, ignore_index=None, mean_dim=None, poly=0.0"
 REPRS = {
     "CrossEntropyLoss": (
         "weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, inplace_backward=False, " + OWN,
         "weight=(5,), ignore_index=2, reduction='sum', label_smoothing=0.1, inplace_backward=False, " + OWN,
     ),
     "BCEWithLogitsLoss": (
-        "weight=None, pos_weight=None, reduction='mean'",
-        "weight=(5,), pos_weight=(5,), reduction='sum'",
+        "weight=None, pos_weight=None, reduction='mean', " + MORE,
+        "weight=(5,), pos_weight=(5,), reduction='sum', " + MORE,
     ),
     "BCELoss": ("weight=None, reduction='mean'", "weight=(5,), reduction='none'"),
 }

@@ -1,7 +1,8 @@
-// Elementwise losses on a CPU: binary cross-entropy on logits or on probabilities.
+// Elementwise losses on a CPU: every struct of numerics.h that visit_loss knows.
 //
 // The tensors are walked in the logical order of their elements, a block of kBlock at a time. An operand that is
-// not a contiguous run there (broadcast, strided, of another dtype) is brought into a buffer in L1 first.
+// not a contiguous run there (broadcast, strided, of another dtype) is brought into a buffer in L1 first; a truth of
+// listed classes is written out there, block by block, and nowhere else.
 #pragma once
 #include "block.h"
 #include "kernels.h"
@@ -54,16 +55,40 @@ struct BinaryCrossEntropyOf {
   static constexpr int64_t kLanes = V::size();
 
   struct Buffers {
-    alignas(64) A x[kBlock], y[kBlock], w[kBlock], p[kBlock], g[kBlock], out[kBlock];
+    alignas(64) A x[kBlock], y[kBlock], w[kBlock], p[kBlock], m[kBlock], g[kBlock], out[kBlock];
   };
-  struct Inputs {  // a block; w, p and g null where absent
-    const A *x, *y, *w, *p;
+  struct Inputs {  // a block; w, p and m null where absent
+    const A *x, *y, *w, *p, *m;
   };
   static Inputs read(const Args& a, int64_t begin, int64_t n, Buffers& b) {
     const auto get = [&](const Operand& t, A* buffer) {
       return t.data ? gather(a.shape, t, begin, n, buffer) : nullptr;
     };
-    return {get(a.input, b.x), get(a.target, b.y), get(a.weight, b.w), get(a.pos_weight, b.p)};
+    const A* y = a.listed.labels.data ? write_out(a, begin, n, b.y) : get(a.target, b.y);
+    return {get(a.input, b.x), y, get(a.weight, b.w), get(a.pos_weight, b.p), get(a.mask, b.m)};
+  }
+  // The truth of n elements from `begin` on: 1 at the classes that their rows list. A class listed twice is as if once.
+  static const A* write_out(const Args& a, int64_t begin, int64_t n, A* y) {
+    const ListedTruth& t = a.listed;
+    std::fill_n(y, n, A(0));
+    visit(t.labels.dtype, [&](auto type) {
+      const auto* labels = static_cast<const typename decltype(type)::type*>(t.labels.data);
+      for (int64_t row = begin / t.classes; row <= (begin + n - 1) / t.classes; row++) {
+        const int64_t from = t.offsets ? t.offsets[row] : row * t.each;
+        const int64_t to = t.offsets ? t.offsets[row + 1] : from + t.each;
+        for (int64_t k = from; k < to; k++) {
+          const int64_t label = static_cast<int64_t>(labels[k]);
+          if (label == t.padding) continue;
+          if (label < 0 || label >= t.classes) {
+            if (a.bad) report(a.bad, k);
+            continue;
+          }
+          const int64_t i = row * t.classes + label - begin;
+          if (i >= 0 && i < n) y[i] = A(1);
+        }
+      }
+    });
+    return y;
   }
   static V optional(const A* t, int64_t i, int64_t count) { return t ? load_vector(t + i, count) : V(A(1)); }
 
@@ -80,10 +105,21 @@ struct BinaryCrossEntropyOf {
     }
   }
 
-  template <class Loss>
-  static void forward_chunk(const Args& a, Buffers& b, int64_t task) {
+  // kOptions: with a mask or a truth that is not taken as it is; what a plain call does not need is compiled out.
+  template <bool kOptions>
+  static V truth(const Args& a, V y) {
+    return kOptions ? smoothed(y, V(A(a.keep)), V(A(a.spread))) : y;
+  }
+  template <bool kOptions>
+  static V unmasked(const Inputs& in, int64_t i, int64_t count, V value) {
+    return kOptions && in.m ? select(greater(load_vector(in.m + i, count), V(A(0))), value, V(A(0))) : value;
+  }
+
+  template <bool kOptions, class Loss>
+  static void forward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
     constexpr int64_t kSum = 8 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
     double total = 0;
+    int64_t used = 0;
     const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
     for (int64_t begin = task * kChunk, n; begin < end; begin += n) {
       n = block_length(a.shape, begin, end);
@@ -94,8 +130,10 @@ struct BinaryCrossEntropyOf {
         V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
         each_vector_in_turn<A, 4>(std::min(kSum, n - from), [&](int64_t offset, int64_t count, int turn) {
           const int64_t i = from + offset;
-          V loss = Loss::loss(load_vector(in.x + i, count), load_vector(in.y + i, count), optional(in.p, i, count));
+          const V y = truth<kOptions>(a, load_vector(in.y + i, count));
+          V loss = l.loss(load_vector(in.x + i, count), y, optional(in.p, i, count));
           if (in.w) loss = weighted(load_vector(in.w + i, count), loss);
+          loss = unmasked<kOptions>(in, i, count, loss);
           if (out) {
             store_vector(out + i, loss, count);
           } else {
@@ -104,12 +142,15 @@ struct BinaryCrossEntropyOf {
         });
         total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
       }
+      used += kOptions && in.m ? n - std::count(in.m, in.m + n, A(0)) : n;
     }
-    if (a.partial) static_cast<double*>(a.partial)[task] = total;
+    if (!a.partial) return;
+    static_cast<double*>(a.partial)[2 * task] = total;
+    static_cast<double*>(a.partial)[2 * task + 1] = double(used);
   }
 
-  template <class Loss>
-  static void backward_chunk(const Args& a, Buffers& b, int64_t task) {
+  template <bool kOptions, class Loss>
+  static void backward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
     const A scale = a.reduction == Reduction::mean ? A(1) / A(a.shape.count) : A(1);
     const int64_t out_stride = inner_stride(a.shape, a.grad_input);
     const bool stream = worth_streaming(a.input.data, a.grad_input, a.shape.count);
@@ -122,9 +163,11 @@ struct BinaryCrossEntropyOf {
       const bool direct = one_run(a.shape, begin, n);
       A* out = direct ? room(a.grad_input, offset_of(a.shape, a.grad_input, begin), out_stride, b.out) : b.out;
       each_vector<A>(n, [&](int64_t i, int64_t count) {
-        V slope = Loss::slope(load_vector(in.x + i, count), load_vector(in.y + i, count), optional(in.p, i, count));
+        const V y = truth<kOptions>(a, load_vector(in.y + i, count));
+        V slope = l.slope(load_vector(in.x + i, count), y, optional(in.p, i, count));
         if (in.w) slope = slope * load_vector(in.w + i, count);
         slope = slope * (g ? load_vector(g + i, count) : common);
+        slope = unmasked<kOptions>(in, i, count, slope);
         stream&& out != b.out ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
       });
       each_run(a.shape, a.grad_input, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
@@ -135,18 +178,24 @@ struct BinaryCrossEntropyOf {
     }
   }
 
+  // f(loss, whether with options): of the losses that torch has, a plain call has kernels of its own.
   template <class F>
-  static void visit_loss(const Args& a, F&& f) {
-    a.with_logits ? f(BinaryCrossEntropyWithLogits{}) : f(BinaryCrossEntropy{});
+  static void visit_kernel(const Args& a, F&& f) {
+    visit_loss<A>(a.kind, a.own, [&](const auto& loss) {
+      if constexpr (std::is_empty_v<std::decay_t<decltype(loss)>>) {
+        if (!a.mask.data && a.keep == 1 && a.spread == 0) return f(loss, std::false_type());
+      }
+      f(loss, std::true_type());
+    });
   }
   static void forward(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
-    visit_loss(a, [&](auto loss) {
-      for (int64_t task = begin; task < end; task++) forward_chunk<decltype(loss)>(a, as<Buffers>(scratch), task);
+    visit_kernel(a, [&](const auto& loss, auto options) {
+      for (int64_t t = begin; t < end; t++) forward_chunk<decltype(options)::value>(a, loss, as<Buffers>(scratch), t);
     });
   }
   static void backward(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
-    visit_loss(a, [&](auto loss) {
-      for (int64_t task = begin; task < end; task++) backward_chunk<decltype(loss)>(a, as<Buffers>(scratch), task);
+    visit_kernel(a, [&](const auto& loss, auto options) {
+      for (int64_t t = begin; t < end; t++) backward_chunk<decltype(options)::value>(a, loss, as<Buffers>(scratch), t);
     });
     end_streaming();
   }

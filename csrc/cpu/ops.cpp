@@ -227,54 +227,74 @@ void token_statistics_backward_(const MaybeTensor& g_loss, const MaybeTensor& g_
                        {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, logits);
 }
 
-// ---- binary cross-entropy
+// ---- binary cross-entropy and the other elementwise losses
 
-Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
-                                    const MaybeTensor& pos_weight, bool with_logits, int64_t reduction) {
-  BinaryCrossEntropyCall call = check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction);
+void raise_no_probability(const BinaryCrossEntropyCall& call, const Tensor& input, const Tensor& target, int64_t bad) {
+  const auto at = [&](const Tensor& t) { return t.permute(call.dims).reshape({-1})[bad]; };
+  const auto number = [](const Tensor& one) {
+    return one.scalar_type() == at::kDouble ? digits(one.item<double>()) : digits(one.item<float>());
+  };
+  const double x = at(input).item<double>();
+  const bool is_input = !(x >= 0 && x <= 1);
+  const char* name = is_input ? "input" : "target";
+  TORCH_CHECK(false, "cece.binary_cross_entropy: all elements of ", name, " should be between 0 and 1, got ", name,
+              position(input.sizes(), call.dims, bad), " = ", number(at(is_input ? input : target)),
+              is_input ? "; for logits use binary_cross_entropy_with_logits, this loss applies no sigmoid" : "");
+}
+void raise_no_class(const Tensor& labels, const ListedTruth& listed, int64_t bad) {
+  const int64_t label = labels.reshape({-1})[bad].item<int64_t>();
+  TORCH_CHECK_INDEX(false, "cece.multilabel_cross_entropy: Label ", label, " is out of bounds: labels",
+                    position(labels.sizes(), logical_order(labels.dim()), bad), " must be in [0, ", listed.classes,
+                    ") or equal ignore_index (", listed.padding, "), got ", label);
+}
+
+void check_offsets(const ListedTruth& listed, int64_t rows) {
+  const int64_t* const at = listed.offsets;
+  if (!at) return;
+  bool good = at[0] == 0 && at[rows] == listed.count;
+  for (int64_t row = 0; row < rows; row++) good = good && at[row] <= at[row + 1];
+  TORCH_CHECK_VALUE(good, "cece.multilabel_cross_entropy: offsets must go up from 0 to the number of labels, ",
+                    listed.count, ", got ", at::IntArrayRef(at, rows + 1));
+}
+
+Tensor binary_cross_entropy_forward(CECE_BINARY_PARAMETERS) {
+  BinaryCrossEntropyCall call = check_binary_cross_entropy({CECE_BINARY_ARGUMENTS});
   BinaryCrossEntropyArgs& a = call.args;
+  if (padding) check_offsets(a.listed, input.size(0));
   const bool none = a.reduction == Reduction::none;
   const Tensor loss = allocate_loss(input, call.acc, reduction);
   const int64_t chunks = ceil_div(a.shape.count, kChunk);
-  std::vector<double> partial(none ? 0 : chunks);
+  std::vector<double> partial(none ? 0 : 2 * chunks);
   if (none) {
     a.loss = loss.mutable_data_ptr();
   } else {
     a.partial = partial.data();
   }
-  int64_t bad = a.shape.count;
+  constexpr int64_t kFine = std::numeric_limits<int64_t>::max();
+  int64_t bad = kFine;
   a.bad = &bad;
   visit_acc(call.acc, [&](const auto&, const auto&, const auto& k) {
     parallel(chunks, 1, [&](int64_t b, int64_t e) { k.forward(a, scratch(), b, e); });
   });
-  if (bad < a.shape.count) {
-    const auto at = [&](const Tensor& t) { return t.permute(call.dims).reshape({-1})[bad]; };
-    const auto number = [](const Tensor& one) {
-      return one.scalar_type() == at::kDouble ? digits(one.item<double>()) : digits(one.item<float>());
-    };
-    const double x = at(input).item<double>();
-    const bool is_input = !(x >= 0 && x <= 1);
-    const char* name = is_input ? "input" : "target";
-    TORCH_CHECK(false, "cece.binary_cross_entropy: all elements of ", name, " should be between 0 and 1, got ", name,
-                position(input.sizes(), call.dims, bad), " = ", number(at(is_input ? input : target)),
-                is_input ? "; for logits use binary_cross_entropy_with_logits, this loss applies no sigmoid" : "");
-  }
+  if (bad < kFine) padding ? raise_no_class(target, a.listed, bad) : raise_no_probability(call, input, target, bad);
   if (!none) {
-    double total = 0;
-    for (const double p : partial) total += p;
-    if (a.reduction == Reduction::mean) total /= double(a.shape.count);
-    loss.fill_(total);
+    double total = 0, count = 0;
+    for (int64_t i = 0; i < chunks; i++) total += partial[2 * i], count += partial[2 * i + 1];
+    if (a.reduction == Reduction::counted) {
+      loss[0].fill_(total);
+      loss[1].fill_(count);
+    } else {
+      loss.fill_(a.reduction == Reduction::mean ? total / double(a.shape.count) : total);
+    }
   }
   return loss;
 }
 
-Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                     const MaybeTensor& weight, const MaybeTensor& pos_weight, bool with_logits,
-                                     int64_t reduction) {
+Tensor binary_cross_entropy_backward(const Tensor& grad, CECE_BINARY_PARAMETERS) {
   Tensor grad_input = empty_gradient(input);
-  BinaryCrossEntropyCall call =
-      check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction, &grad, &grad_input);
+  const BinaryCrossEntropyCall call = check_binary_cross_entropy({CECE_BINARY_ARGUMENTS}, &grad, &grad_input);
   const BinaryCrossEntropyArgs& a = call.args;
+  if (padding) check_offsets(a.listed, input.size(0));
   visit_acc(call.acc, [&](const auto&, const auto&, const auto& k) {
     parallel(ceil_div(a.shape.count, kChunk), 1, [&](int64_t b, int64_t e) { k.backward(a, scratch(), b, e); });
   });

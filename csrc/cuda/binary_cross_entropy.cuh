@@ -1,10 +1,10 @@
-// Elementwise losses on a GPU: binary cross-entropy on logits or on probabilities, forward and backward.
+// Elementwise losses on a GPU: every struct of numerics.h that visit_loss knows, forward and backward.
 //
 // Elements are taken in the order of the input's memory. Where the gradient lies in that order too, 16 bytes of input
 // at a time: the target beside it may have any dtype, and weights may be repeated along dimensions. Any other layout
 // goes element by element. Kernels of their own, with no instruction but what they need, serve what training does: a
-// target of the input's type, float32 or bool, no weights, one incoming gradient. Bytes: forward reads input and
-// target, backward reads them again and writes the gradient, five passes in all.
+// target of the input's type, float32 or bool, no weights, no mask, one incoming gradient. Bytes: forward reads input
+// and target, backward reads them again and writes the gradient, five passes in all.
 #pragma once
 #include "kernels.h"
 #include "reduce.cuh"
@@ -20,7 +20,7 @@ struct Layout {
 };
 struct Layouts {
   bool packed;  // element by element otherwise
-  Layout weight, pos_weight, grad_loss;
+  Layout weight, pos_weight, mask, grad_loss;
 };
 
 inline Layout layout_of(const Shape& s, const Operand& t) {
@@ -38,20 +38,52 @@ inline Layout layout_of(const Shape& s, const Operand& t) {
 }
 
 // One element's loss and slope; w and p are 1 where absent.
-template <class Loss, class S, class A>
-__device__ __forceinline__ A loss_of(A x, A y, A w, A p) {
-  const A loss = weighted(w, Loss::loss(x, y, p, ExpOf<S>()));
+template <class S, class Loss, class A>
+__device__ __forceinline__ A loss_of(const Loss& l, A x, A y, A w, A p) {
+  const A loss = weighted(w, l.loss(x, y, p, ExpOf<S>()));
   const bool possible = !Loss::kProbabilities || (x >= A(0) && x <= A(1) && y >= A(0) && y <= A(1));
   return possible ? loss : std::numeric_limits<A>::quiet_NaN();
 }
-template <class Loss, class S, class A>
-__device__ __forceinline__ A slope_of(A x, A y, A w, A p, A g) {
-  return Loss::slope(x, y, p, ExpOf<S>()) * w * g;
+template <class S, class Loss, class A>
+__device__ __forceinline__ A slope_of(const Loss& l, A x, A y, A w, A p, A g) {
+  return l.slope(x, y, p, ExpOf<S>()) * w * g;
 }
 
-// Factors beside elements i ... i + N - 1.
+// The truth of elements i ... i + N - 1: 1 at the classes that their rows list, NaN in a row that lists what is no
+// class.
 template <class A, int N>
-__device__ __forceinline__ void load_factors(const Operand& t, const Layout& layout, int64_t i, A (&out)[1][N]) {
+__device__ __forceinline__ void load_listed(const ListedTruth& t, int64_t i, A (&y)[N]) {
+  visit_integer(t.labels.dtype, [&](auto type) {
+    const auto* const labels = static_cast<const decltype(type)*>(t.labels.data);
+    int64_t row = quotient(i, t.classes), first = i - row * t.classes;  // of the first element of this row, its class
+    int done = 0;
+    while (done < N) {
+      const int left = t.classes - first < N - done ? int(t.classes - first) : N - done;
+      int64_t from = t.offsets ? t.offsets[row] : row * t.each, to = t.offsets ? t.offsets[row + 1] : from + t.each;
+      from = from < 0 ? 0 : from, to = to > t.count ? t.count : to;
+      bool bad = false;
+#pragma unroll
+      for (int k = 0; k < N; k++) y[k] = k >= done ? A(0) : y[k];
+      for (int64_t at = from; at < to; at++) {
+        const int64_t label = static_cast<int64_t>(labels[at]), place = label - first;
+        if (label == t.padding) continue;
+        bad = bad || label < 0 || label >= t.classes;
+#pragma unroll
+        for (int k = 0; k < N; k++) y[k] = k >= done && k < done + left && k - done == place ? A(1) : y[k];
+      }
+#pragma unroll
+      for (int k = 0; k < N; k++) {
+        if (bad && k >= done && k < done + left) y[k] = std::numeric_limits<A>::quiet_NaN();
+      }
+      done += left, row++, first = 0;
+    }
+  });
+}
+
+// Factors beside elements i ... i + N - 1. one(t, i): one of them; run(f): f(T()) with their type.
+template <class A, int N, class One, class Run>
+__device__ __forceinline__ void load_factors(const Operand& t, const Layout& layout, int64_t i, A (&out)[1][N],
+                                             One&& one, Run&& run) {
   const bool wanted[1] = {true};
   int64_t at[1] = {i}, within = 0;
   if (layout.kind == Layout::along) {
@@ -59,15 +91,15 @@ __device__ __forceinline__ void load_factors(const Operand& t, const Layout& lay
     within = i - n * layout.inner, at[0] = n - quotient(n, layout.size) * layout.size;
   }
   if (layout.kind == Layout::absent || (layout.kind == Layout::along && within + N <= layout.inner)) {
-    const A same = layout.kind == Layout::absent ? A(1) : load_float<A>(t, at[0]);
+    const A same = layout.kind == Layout::absent ? A(1) : one(t, at[0]);
 #pragma unroll
     for (int k = 0; k < N; k++) out[0][k] = same;
   } else if (layout.kind == Layout::flat || (layout.inner == 1 && at[0] + N <= layout.size)) {
-    visit_float(t.dtype, [&](auto type) { load_runs<decltype(type)>(t.data, at, wanted, out); });
+    run([&](auto type) { load_runs<decltype(type)>(t.data, at, wanted, out); });
   } else {
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      out[0][k] = load_float<A>(t, at[0]);
+      out[0][k] = one(t, at[0]);
       if (++within == layout.inner) within = 0, at[0] = at[0] + 1 == layout.size ? 0 : at[0] + 1;
     }
   }
@@ -81,11 +113,16 @@ struct Elements {
 template <class A, int N>
 struct Factors {
   A w[1][N], p[1][N], g[1][N];
+  A m[1][N];  // 0 where masked
 };
 template <class S>
 constexpr int kRuns = kDtype<S> == Dtype::f64 ? 1 : 2;  // packs of input a thread has in flight
 
-// T: the target's type, or void where it may be any.
+template <class A>
+__device__ __forceinline__ A truth_of(const BinaryCrossEntropyArgs& a, A y) {
+  return smoothed(y, A(a.keep), A(a.spread));
+}
+// T: the target's type, or void where it may be any, and be smoothed.
 template <class S, class T, int U>
 __device__ __forceinline__ void load_packed(const BinaryCrossEntropyArgs& a, const int64_t (&at)[U],
                                             const bool (&wanted)[U], Elements<AccOf<S>, Pack<S>::kSize, U>& e) {
@@ -95,7 +132,14 @@ __device__ __forceinline__ void load_packed(const BinaryCrossEntropyArgs& a, con
     if (wanted[u]) raw[u] = load_run<S, Pack<S>::kSize>(static_cast<const S*>(a.input.data) + at[u]);
   }
   if constexpr (std::is_void_v<T>) {
-    visit_dtype(a.target.dtype, [&](auto type) { load_runs<decltype(type)>(a.target.data, at, wanted, e.y); });
+    if (a.listed.labels.data) {
+      static_assert(U == 1);
+      load_listed(a.listed, at[0], e.y[0]);
+    } else {
+      visit_dtype(a.target.dtype, [&](auto type) { load_runs<decltype(type)>(a.target.data, at, wanted, e.y); });
+    }
+#pragma unroll
+    for (int k = 0; k < Pack<S>::kSize; k++) e.y[0][k] = truth_of(a, e.y[0][k]);
   } else {
     load_aligned_runs<T>(a.target.data, at, wanted, e.y);
   }
@@ -106,16 +150,25 @@ template <class A, int N>
 __device__ __forceinline__ Factors<A, N> packed_factors(const BinaryCrossEntropyArgs& a, const Layouts& layouts,
                                                         int64_t i) {
   Factors<A, N> f;
-  load_factors(a.weight, layouts.weight, i, f.w);
-  load_factors(a.pos_weight, layouts.pos_weight, i, f.p);
-  load_factors(a.grad_loss, layouts.grad_loss, i, f.g);
+  const auto floats = [&](const Operand& t, const Layout& layout, A(&out)[1][N]) {
+    load_factors(
+        t, layout, i, out, [](const Operand& t, int64_t at) { return load_float<A>(t, at); },
+        [&](auto&& load) { visit_float(t.dtype, load); });
+  };
+  floats(a.weight, layouts.weight, f.w);
+  floats(a.pos_weight, layouts.pos_weight, f.p);
+  floats(a.grad_loss, layouts.grad_loss, f.g);
+  load_factors(
+      a.mask, layouts.mask, i, f.m,
+      [](const Operand& t, int64_t at) { return A(static_cast<const uint8_t*>(t.data)[at]); },
+      [](auto&& load) { load(uint8_t()); });
   return f;
 }
 template <class A, int N>
 __device__ __forceinline__ Factors<A, N> no_factors() {
   Factors<A, N> f;
 #pragma unroll
-  for (int k = 0; k < N; k++) f.w[0][k] = f.p[0][k] = f.g[0][k] = A(1);
+  for (int k = 0; k < N; k++) f.w[0][k] = f.p[0][k] = f.g[0][k] = f.m[0][k] = A(1);
   return f;
 }
 template <class S>
@@ -126,10 +179,16 @@ __device__ __forceinline__ void load_single(const BinaryCrossEntropyArgs& a, con
     return layout.kind == Layout::absent ? A(1) : load_float<A>(t, offset_of(a.shape, t, i));
   };
   e.x[0][0] = load_one<S>(a.input, offset_of(a.shape, a.input, i));
-  e.y[0][0] = load_as<A>(a.target, offset_of(a.shape, a.target, i));
+  if (a.listed.labels.data) {
+    load_listed(a.listed, i, e.y[0]);
+  } else {
+    e.y[0][0] = load_as<A>(a.target, offset_of(a.shape, a.target, i));
+  }
+  e.y[0][0] = truth_of(a, e.y[0][0]);
   f.w[0][0] = factor(a.weight, layouts.weight);
   f.p[0][0] = factor(a.pos_weight, layouts.pos_weight);
   f.g[0][0] = factor(a.grad_loss, layouts.grad_loss);
+  f.m[0][0] = a.mask.data ? load_as<A>(a.mask, offset_of(a.shape, a.mask, i)) : A(1);
 }
 
 // Every element of this thread, in packs where they are and one by one: f(elements, factors, index in memory order,
@@ -163,17 +222,20 @@ __device__ __forceinline__ void for_elements(const BinaryCrossEntropyArgs& a, co
   }
 }
 
-// On a multiprocessor, 128, 80 or 64 registers a thread; kMore: one fewer, for targets of any type in forward.
-template <class S, bool kMore = false>
-constexpr int kElementBlocks = kDtype<S> == Dtype::f64 ? 2 : (kDtype<S> == Dtype::f16 ? 3 : 4) - kMore;
+// On a multiprocessor: 128, 80 or 64 registers a thread. A loss with parameters needs more, and so does (kMore) a
+// forward of targets of any type.
+template <class S, class Loss, bool kMore = false>
+constexpr int kElementBlocks =
+    kDtype<S> == Dtype::f64 || !std::is_empty_v<Loss> ? 2 : (kDtype<S> == Dtype::f16 ? 3 : 4) - kMore;
 
 // The sum of a thread's losses goes on in double; a block leaves one partial sum.
 template <class S, class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, std::is_void_v<T>>)
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, Loss, std::is_void_v<T>>)
     binary_forward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts,
                    Sums* partial) {
   using A = AccOf<S>;
   A* const losses = static_cast<A*>(a.loss);
+  const Loss l(a.own);
   Sums sum;
   for_elements<S, T>(a, layouts, [&](const auto& x, const auto& y, const auto& f, int64_t i) {
     constexpr int N = sizeof(x) / sizeof(A);
@@ -181,10 +243,17 @@ __global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, std::is_voi
     A together = A(0);
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      loss.v[k] = loss_of<Loss, S>(x[k], y[k], f.w[0][k], f.p[0][k]);
+      loss.v[k] = loss_of<S>(l, x[k], y[k], f.w[0][k], f.p[0][k]);
+      if (std::is_void_v<T>) loss.v[k] = select(f.m[0][k] != A(0), loss.v[k], A(0));
       together += loss.v[k];
     }
     sum.a += together;
+    if constexpr (std::is_void_v<T>) {
+      A used = A(0);
+#pragma unroll
+      for (int k = 0; k < N; k++) used += f.m[0][k];
+      sum.b += used;
+    }
     if (!losses) return;
     if constexpr (N > 1) {
       store_run(losses + i, loss);
@@ -204,19 +273,25 @@ __global__ void __launch_bounds__(kElementThreads)
   for (int i = threadIdx.x; i < count; i += blockDim.x) s.merge(partial[i]);
   s = merge_group(s, blockDim.x);
   if (threadIdx.x != 0) return;
-  *static_cast<A*>(a.reduced) = A(a.reduction == Reduction::mean ? s.a / double(a.shape.count) : s.a);
+  A* const reduced = static_cast<A*>(a.reduced);
+  reduced[0] = A(a.reduction == Reduction::mean ? s.a / double(a.shape.count) : s.a);
+  if (a.reduction == Reduction::counted) reduced[1] = A(a.mask.data ? s.b : double(a.shape.count));
 }
 
 template <class S, class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S>)
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, Loss>)
     binary_backward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts) {
   using A = AccOf<S>;
   A common = A(1);  // what every element's gradient is multiplied by
   if (a.reduction != Reduction::none) common = *static_cast<const A*>(a.grad_loss.data);
   if (a.reduction == Reduction::mean) common *= A(1) / A(a.shape.count);
+  const Loss l(a.own);
   for_elements<S, T>(a, layouts, [&](const auto& x, const auto& y, const auto& f, int64_t i) {
     constexpr int N = sizeof(x) / sizeof(A);
-    const auto slope = [&](int k) { return slope_of<Loss, S>(x[k], y[k], f.w[0][k], f.p[0][k], f.g[0][k] * common); };
+    const auto slope = [&](int k) {
+      const A slope = slope_of<S>(l, x[k], y[k], f.w[0][k], f.p[0][k], f.g[0][k] * common);
+      return std::is_void_v<T> ? select(f.m[0][k] != A(0), slope, A(0)) : slope;
+    };
     if constexpr (N > 1) {
       Pack<S> grad;
 #pragma unroll
@@ -249,16 +324,19 @@ struct BinaryCrossEntropyOf {
       return a.target.dtype == dtype && (address(a.target) + head * sizeof(T)) % Run<T, N>::kAligned == 0;
     };
     const auto with = [&](auto loss) {
-      const bool plain = l.packed && l.weight.kind == Layout::absent && l.pos_weight.kind == Layout::absent &&
-                         l.grad_loss.kind == Layout::absent;
-      if (plain && fits(Type<S>(), kDtype<S>)) return f(loss, Type<S>());
-      if (plain && fits(Type<uint8_t>(), Dtype::u8)) return f(loss, Type<uint8_t>());
-      if constexpr (sizeof(S) == 2) {
-        if (plain && fits(Type<float>(), Dtype::f32)) return f(loss, Type<float>());
+      if constexpr (std::is_empty_v<decltype(loss)>) {  // one of those that torch has
+        const bool plain = l.packed && l.weight.kind == Layout::absent && l.pos_weight.kind == Layout::absent &&
+                           l.grad_loss.kind == Layout::absent && l.mask.kind == Layout::absent && a.keep == 1 &&
+                           a.spread == 0 && a.target.data;
+        if (plain && fits(Type<S>(), kDtype<S>)) return f(loss, Type<S>());
+        if (plain && fits(Type<uint8_t>(), Dtype::u8)) return f(loss, Type<uint8_t>());
+        if constexpr (sizeof(S) == 2) {
+          if (plain && fits(Type<float>(), Dtype::f32)) return f(loss, Type<float>());
+        }
       }
       f(loss, Type<void>());
     };
-    a.with_logits ? with(BinaryCrossEntropyWithLogits{}) : with(BinaryCrossEntropy{});
+    visit_loss<A>(a.kind, a.own, with);
   }
 
   static Layouts layouts(const Args& a) {
@@ -266,11 +344,13 @@ struct BinaryCrossEntropyOf {
     const auto flat = [&](const Operand& t) { return !t.data || of(t).kind == Layout::flat; };
     // a reduced loss has one incoming gradient, which is not walked along
     const Layout none{Layout::absent, 1, 1};
-    Layouts l{true, of(a.weight), of(a.pos_weight), a.reduction == Reduction::none ? of(a.grad_loss) : none};
+    Layouts l{true, of(a.weight), of(a.pos_weight), of(a.mask),
+              a.reduction == Reduction::none ? of(a.grad_loss) : none};
     const auto address = [](const Operand& t) { return reinterpret_cast<uintptr_t>(t.data); };
     l.packed = a.input.dtype == kDtype<S> && flat(a.input) && flat(a.target) && flat(a.grad_input) &&
                address(a.input) % sizeof(S) == 0;
-    for (const Layout& factor : {l.weight, l.pos_weight, l.grad_loss}) l.packed &= factor.kind != Layout::strided;
+    for (const Layout& factor : {l.weight, l.pos_weight, l.mask, l.grad_loss})
+      l.packed &= factor.kind != Layout::strided;
     if (a.grad_input.data) {
       l.packed &= a.grad_input.dtype == kDtype<S> && (address(a.input) - address(a.grad_input)) % 16 == 0;
     }

@@ -152,12 +152,11 @@ void token_statistics_backward_(const MaybeTensor& g_loss, const MaybeTensor& g_
                        {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, logits);
 }
 
-// ---- binary cross-entropy
+// ---- binary cross-entropy and the other elementwise losses
 
-Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, const MaybeTensor& weight,
-                                    const MaybeTensor& pos_weight, bool with_logits, int64_t reduction) {
+Tensor binary_cross_entropy_forward(CECE_BINARY_PARAMETERS) {
   const c10::DeviceGuard guard(input.device());
-  BinaryCrossEntropyCall call = check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction);
+  BinaryCrossEntropyCall call = check_binary_cross_entropy({CECE_BINARY_ARGUMENTS});
   BinaryCrossEntropyArgs& a = call.args;
   const Tensor loss = allocate_loss(input, call.acc, reduction);
   (a.reduction == Reduction::none ? a.loss : a.reduced) = loss.mutable_data_ptr();
@@ -168,13 +167,10 @@ Tensor binary_cross_entropy_forward(const Tensor& input, const Tensor& target, c
   return loss;
 }
 
-Tensor binary_cross_entropy_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                     const MaybeTensor& weight, const MaybeTensor& pos_weight, bool with_logits,
-                                     int64_t reduction) {
+Tensor binary_cross_entropy_backward(const Tensor& grad, CECE_BINARY_PARAMETERS) {
   const c10::DeviceGuard guard(input.device());
   Tensor grad_input = at::empty_like(input);
-  BinaryCrossEntropyCall call =
-      check_binary_cross_entropy(input, target, weight, pos_weight, with_logits, reduction, &grad, &grad_input);
+  const BinaryCrossEntropyCall call = check_binary_cross_entropy({CECE_BINARY_ARGUMENTS}, &grad, &grad_input);
   kernels(call.acc, input).binary_cross_entropy.backward(call.args, current_device(input));
   check_launch();
   deliver(call.held[5], grad_input);

@@ -80,7 +80,7 @@ __device__ __forceinline__ void visit_float(Dtype d, F&& f) {
   }
 }
 template <class F>
-__device__ __forceinline__ void visit_dtype(Dtype d, F&& f) {
+__device__ __forceinline__ void visit_integer(Dtype d, F&& f) {
   switch (d) {
     case Dtype::u8:
       return f(uint8_t());
@@ -90,11 +90,13 @@ __device__ __forceinline__ void visit_dtype(Dtype d, F&& f) {
       return f(int16_t());
     case Dtype::i32:
       return f(int32_t());
-    case Dtype::i64:
-      return f(int64_t());
     default:
-      return visit_float(d, f);
+      return f(int64_t());
   }
+}
+template <class F>
+__device__ __forceinline__ void visit_dtype(Dtype d, F&& f) {
+  d >= Dtype::u8 ? visit_integer(d, f) : visit_float(d, f);
 }
 
 // Element i of memory of any float dtype, or of any dtype, for operands that are seldom of the kernel's own type.

@@ -131,7 +131,7 @@ void binary(Dtype dtype, int64_t n, int misaligned) {
   a.shape = {1, {n}, n};
   a.input = {x.data, dtype, 0, {1}}, a.grad_input = {grad.data, dtype, 0, {1}};
   a.target = {y.data, Dtype::u8, 0, {1}}, a.weight = {weight.data, Dtype::f32, 0, {1}};
-  a.with_logits = true;
+  a.kind = 1, a.keep = 1;  // with logits, the truth as it is
   a.reduction = Reduction::sum;
   a.reduced = reduced.data;
   a.grad_loss.data = incoming.data;
