@@ -19,6 +19,12 @@ assert_type(cece.js_divergence(logits, truth, mask=labels > 1, normalizer=3.0), 
 assert_type(cece.linear_cross_entropy(logits, torch.rand(9, 5), labels, z_loss=0.1, normalizer=6), torch.Tensor)
 assert_type(cece.linear_token_statistics(logits, torch.rand(9, 5), labels).log_prob, torch.Tensor | None)
 assert_type(cece.LinearCrossEntropyLoss(5, 9, bias=True).forward(logits, labels), torch.Tensor)
+assert_type(cece.binary_cross_entropy_with_logits(logits, truth, mask=truth > 0, normalizer=3), torch.Tensor)
+assert_type(cece.sigmoid_focal_loss(logits, truth, 0.25, 2, "mean", ignore_index=None), torch.Tensor)
+assert_type(cece.asymmetric_loss(logits, truth, gamma_neg=4, mean_dim=1), torch.Tensor)
+assert_type(cece.multilabel_cross_entropy(logits, labels, normalizer=torch.tensor(3)), torch.Tensor)
+assert_type(cece.pairwise_sigmoid_loss(logits, truth, scale=weight, bias=-10.0), torch.Tensor)
+assert_type(cece.SoftmaxFocalLoss(weight).forward(logits, labels), torch.Tensor)
 cece.check_targets(labels, num_classes=5, ignore_index=3)
 modules: list[torch.nn.Module] = [cece.CrossEntropyLoss(weight), cece.BCEWithLogitsLoss(), cece.BCELoss(weight)]
 assert_type(cece.CrossEntropyLoss(ignore_index=3).forward(logits, labels), torch.Tensor)
