@@ -213,11 +213,11 @@ def test_tiny_losses(backend):
 @pytest.mark.parametrize("case", LOSSES)
 def test_every_order(case):
     name, _ = LOSSES[case]
-    x, y, w = torch.randn(3, 4, **f64), torch.rand(3, 4, **f64) * 0.9 + 0.05, torch.rand(4, **f64) + 0.1
-    inputs = [x, y, w] if name != BCE else [x, y, w, torch.rand(4, **f64) + 0.2]
+    x, y, w = torch.randn(2, 3, **f64), torch.rand(2, 3, **f64) * 0.9 + 0.05, torch.rand(3, **f64) + 0.1
+    inputs = [x, y, w] if name != BCE else [x, y, w, torch.rand(3, **f64) + 0.2]
     inputs = [v.requires_grad_() for v in inputs]
-    mask = torch.rand(3, 4) < 0.7
-    for reduction, m in (("none", None), ("mean", None), ("mean", mask), ("sum", mask)):
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    for reduction, m in (("none", None), ("mean", mask), ("sum", None)):
 
         def loss(x, y, w, *p, m=m, reduction=reduction):
             return both(case)[0](x, y, weight=w, mask=m, reduction=reduction, **({"pos_weight": p[0]} if p else {}))
@@ -240,6 +240,20 @@ def test_derivatives_at_hard_truths_and_at_0(case):
             continue  # of a power below 1 at 0
         of = [jacrev(grad(f, wanted[1]), wanted[0])(x, y) for f in (ours, truth)]
         same_digits(*of, 1e-9, 1e-13)
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_the_derivative_along_a_tangent_is_linear_at_0(case):
+    """Where a factor of the formula is 0, what it is multiplied by is not lost."""
+    given = torch.randn(5, **f64), torch.tensor([0, 1, 0.5, 0, 1], **f64), torch.tensor([0, 1, 2, 0.5, 0], **f64)
+
+    def loss(x, y, w):
+        return both(case)[0](x, y, weight=w, reduction="sum")
+
+    zero = torch.zeros(5, **f64)
+    along = grad(lambda *v: jvp(loss, given, v)[1], (0, 1, 2))(zero, zero, zero)
+    for ours, truth in zip(along, grad(loss, (0, 1, 2))(*given), strict=True):
+        same_digits(ours, truth, 1e-10, 1e-14)
 
 
 def derivatives(case, x, t, u, a, m, g):
@@ -440,6 +454,8 @@ def test_bad_labels_and_offsets(backend):
         wanted = r"Label -7 is out of bounds: labels\[1, 1\] must be in \[0, 5\) or equal ignore_index \(-100\), got -7"
         with pytest.raises(IndexError, match=wanted):
             cece.multilabel_cross_entropy(x, t)
+        with pytest.raises(IndexError, match=r"Label 5 is out of bounds: labels\[2, 0\]"):
+            cece.multilabel_cross_entropy(x, t.clamp_min(-1), ignore_index=-1)
         with pytest.raises(IndexError, match=r"Label 9 is out of bounds: labels\[1\]"):
             cece.multilabel_cross_entropy(x, values, offsets)
         for wrong in ([0, 1, 1, 1], [1, 1, 1, 2], [0, 2, 1, 2], [0, -1, 1, 2], [0, 10**9, 10**9, 2]):

@@ -23,6 +23,7 @@ struct Value {
 };
 struct Condition {
   at::Tensor tensor;
+  at::ScalarType type = at::kDouble;  // of what was compared
   bool always = false;
 
   Condition(bool always) : always(always) {}
@@ -63,7 +64,9 @@ inline Value select(const Condition& mask, const Value& a, const Value& b) {
   if (a.tensor.defined()) {
     return b.tensor.defined() ? at::where(mask.tensor, a.tensor, b.tensor) : at::where(mask.tensor, a.tensor, b.number);
   }
-  return b.tensor.defined() ? at::where(mask.tensor, a.number, b.tensor) : at::where(mask.tensor, a.number, b.number);
+  if (b.tensor.defined()) return at::where(mask.tensor, a.number, b.tensor);
+  const auto options = mask.tensor.options().dtype(mask.type);  // of two numbers torch would make its default type
+  return at::where(mask.tensor, at::full({}, a.number, options), at::full({}, b.number, options));
 }
 
 struct Number {
@@ -79,11 +82,17 @@ struct LaneOf<Number> {
 
 // ---- the primitives of numerics.h. Each line is a rule of differentiation.
 
+template <class F>
+Condition compared(const Value& a, const Value& b, F&& f) {
+  Condition result = apply<Condition>(a, b, f);
+  if (a.tensor.defined() || b.tensor.defined()) result.type = (a.tensor.defined() ? a : b).tensor.scalar_type();
+  return result;
+}
 inline Condition greater(const Number& a, const Number& b) {
-  return apply<Condition>(a.value, b.value, [](const auto& a, const auto& b) { return a > b; });
+  return compared(a.value, b.value, [](const auto& a, const auto& b) { return a > b; });
 }
 inline Condition equal(const Number& a, const Number& b) {
-  return apply<Condition>(a.value, b.value, [](const auto& a, const auto& b) { return a == b; });
+  return compared(a.value, b.value, [](const auto& a, const auto& b) { return a == b; });
 }
 inline Number select(const Condition& mask, const Number& a, const Number& b) {
   return {select(mask, a.value, b.value), select(mask, a.tangent, b.tangent)};
