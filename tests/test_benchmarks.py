@@ -116,7 +116,7 @@ def test_contenders_compute_the_same(case):
     tensors = small.tensors()
     outcomes = {}
     for name in ("cece", "cece in place", "eager"):
-        if name == "cece in place" and case.loss != "cross_entropy":
+        if name == "cece in place" and (case.loss != "cross_entropy" or case.eager):
             continue
         step = harness.CONTENDERS[name](small, *tensors)
         for _ in range(2):  # the second step must see the same logits again

@@ -21,7 +21,7 @@ assert_type(cece.linear_token_statistics(logits, torch.rand(9, 5), labels).log_p
 assert_type(cece.LinearCrossEntropyLoss(5, 9, bias=True).forward(logits, labels), torch.Tensor)
 assert_type(cece.binary_cross_entropy_with_logits(logits, truth, mask=truth > 0, normalizer=3), torch.Tensor)
 assert_type(cece.sigmoid_focal_loss(logits, truth, 0.25, 2, "mean", ignore_index=None), torch.Tensor)
-assert_type(cece.asymmetric_loss(logits, truth, gamma_neg=4, mean_dim=1), torch.Tensor)
+assert_type(cece.asymmetric_loss(logits, truth, gamma_neg=4, reduction="mean", mean_dim=1), torch.Tensor)
 assert_type(cece.multilabel_cross_entropy(logits, labels, normalizer=torch.tensor(3)), torch.Tensor)
 assert_type(cece.pairwise_sigmoid_loss(logits, truth, scale=weight, bias=-10.0), torch.Tensor)
 assert_type(cece.SoftmaxFocalLoss(weight).forward(logits, labels), torch.Tensor)
