@@ -235,15 +235,16 @@ def test_compile_dynamic_shapes(mark):
     """One graph for all batch sizes."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     f = torch.compile(step, fullgraph=True, backend=counter, dynamic=None if mark else True)
+    frames = []
     for n in (8, 11, 5):
         inputs = step_inputs(n)
         if mark:
             for i in (0, 1, 3):
                 torch._dynamo.mark_dynamic(inputs[i], 0)
         check_step(f, inputs)
-        # dynamic=True compiles twice before it begins: it takes options' defaults, numbers, for symbols at first
-        first = counter.frame_count if n == 8 else first
-    assert counter.frame_count == first <= (1 if mark else 2)
+        frames.append(counter.frame_count)
+    # dynamic=True compiles twice before it begins: it takes options' defaults, numbers, for symbols at first
+    assert frames in ([1, 1, 1], [1 if mark else 2] * 3)
 
 
 def test_compile_dynamic_classes_and_pixels():
