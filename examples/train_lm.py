@@ -135,7 +135,7 @@ def train(args):
         print(file=sys.stderr)
     result = {"loss": losses, "seconds": sorted(seconds)[len(seconds) // 2], "peak": peak_memory(args.device)}
     if args.rl:
-        result["reward"] = reinforce(model, text, names, args)
+        result["reward"] = reinforce(model, text, names, args.device, rounds=min(20, args.steps))
     return result
 
 
@@ -157,14 +157,14 @@ def log_prob_and_entropy(model, words, length):
     return s.log_prob, s.entropy
 
 
-def reinforce(model, text, names, args, groups=4, members=16, length=16, rounds=20):
+def reinforce(model, text, names, device, rounds, groups=4, members=16, length=16):
     """Mean reward of every round. A text is worth its share of lower-case words; those of one prompt compete."""
-    worth = torch.tensor([float(name.isalpha() and name.islower()) for name in names], device=args.device)
+    worth = torch.tensor([float(name.isalpha() and name.islower()) for name in names], device=device)
     optimizer, rewards = torch.optim.AdamW(model.parameters(), lr=3e-4), []
     generator = torch.Generator().manual_seed(2)
     for _ in range(rounds):
         start = torch.randint(len(text) - CONTEXT, (groups,), generator=generator)
-        prompt = torch.stack([text[s : s + CONTEXT // 2] for s in start]).to(args.device)
+        prompt = torch.stack([text[s : s + CONTEXT // 2] for s in start]).to(device)
         words = sampled(model, prompt.repeat_interleave(members, 0), length)
         reward = worth[words[:, -length:]].mean(1)
         group = reward.unflatten(0, (groups, members))
@@ -197,8 +197,10 @@ def run(args, name):
 
 
 def draw(results, path):
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        return "no picture: matplotlib is not installed"
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -214,10 +216,12 @@ def draw(results, path):
     ):
         ax.bar_label(ax.bar(list(results), values, color=["C0", "C1"]), fmt="%.0f")
         ax.set(title=title)
+        ax.margins(y=0.1)
     if rewards:
         axes[3].plot(range(1, len(rewards) + 1), rewards, color="C2")
         axes[3].set(xlabel="round", title="reward: share of lower-case words")
     figure.savefig(path, dpi=120)
+    return f"drawn in {path}"
 
 
 def main():
@@ -243,8 +247,7 @@ def main():
     print(f"the curves part by {apart:.1e} nats at most (allowed: {BOUND:.0e})")
     if rewards := results["no logits"].get("reward"):
         print(f"reward: {rewards[0]:.2f} -> {rewards[-1]:.2f} in {len(rewards)} rounds")
-    draw(results, args.out)
-    print(f"drawn in {args.out}")
+    print(draw(results, args.out))
     return 0 if apart <= BOUND else 1
 
 
