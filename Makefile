@@ -17,10 +17,12 @@ demo: $(VENV)/built
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/built
-	$(PIP) pytest hypothesis mpmath expecttest numpy
+	$(PIP) pytest pytest-xdist hypothesis mpmath expecttest numpy
 	@# to read the CUDA kernels' machine code; without them those tests say that they are skipped
 	@if command -v nvcc >/dev/null; then $(PIP) nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true; fi
-	$(BIN)/python -m pytest -q -ra
+	@# the emulator once, before two processes want it; a file's tests stay together, as its fixtures do
+	$(BIN)/python tests/cuda_emulation/backend.py
+	$(BIN)/python -m pytest -q -ra -n 2 --dist loadfile
 
 # All timings of one run, as JSON; `make report` then writes README's tables and the plots from every JSON there is.
 bench: $(VENV)/built

@@ -76,8 +76,8 @@ def not_for_dtensors(loss: str, *tensors: Tensor | None) -> None:
 def check_dim(loss: str, logits: Tensor, dim: Any) -> int:
     """The dimension of the classes: 1, or 0 of a single row, unless the caller says otherwise."""
     dim = as_integer(loss, "dim", dim)
-    if logits.dim() == 1 and dim == 1:
-        return 0
+    if logits.dim() == 0 or (logits.dim() == 1 and dim == 1):
+        return 0  # the operators say what is wrong with no dimension
     if not -logits.dim() <= dim < logits.dim():
         raise IndexError(f"cece.{loss}: dim must be a dimension of logits of shape {tuple(logits.shape)}, got {dim}")
     return dim

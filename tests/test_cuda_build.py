@@ -44,7 +44,7 @@ REGISTERS = {
     "forward_pairs": {"32": (64,), "f64": (128,)},
     "backward_pairs": {"32": (56,), "f64": (64,)},
     "binary_forward": {"32": (80,), "f16": (96,), "f64": (88,)},
-    "binary_backward": {"32": (64,), "f16": (80,), "f64": (88,)},
+    "binary_backward": {"32": (80,), "f16": (96,), "f64": (88,)},
     "reduce_rows": {"32": (40,), "f64": (40,)},
     "reduce_partial": {"32": (40,), "f64": (40,)},
     "reduce_elements": {"32": (40,), "f64": (40,)},

@@ -486,7 +486,7 @@ WRONG_TYPES = {  # argument: functions, what it must be, what it is not
 @pytest.mark.parametrize(
     "name, loss, wanted, value",
     [(name, f, wanted, v) for name, (fs, wanted, values) in WRONG_TYPES.items() for f in fs for v in values],
-    ids=lambda v: getattr(v, "__name__", str(v)[:20]),
+    ids=lambda v: "tensor" if isinstance(v, torch.Tensor) else getattr(v, "__name__", str(v)[:20]),
 )
 def test_a_wrong_type_is_named_in_one_line(name, loss, wanted, value):
     with pytest.raises(TypeError) as e:

@@ -358,7 +358,7 @@ def test_normalizer_and_mean_dim(backend):
             f(reduction="sum", **options)
     with pytest.raises(ValueError, match="must not be given both"):
         f(normalizer=3, mean_dim=1)
-    with pytest.raises(ValueError, match=r"normalizer must be a number or a tensor of one, got torch.Size\(\[2\]\)"):
+    with pytest.raises(ValueError, match=r"normalizer must be a number or a tensor of one, got shape \(2,\)"):
         f(normalizer=torch.ones(2))
 
 

@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kElementThreads)
 }
 
 template <class S, class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, Loss>)
+__global__ void __launch_bounds__(kElementThreads, kElementBlocks<S, Loss, std::is_void_v<T>>)
     binary_backward(const __grid_constant__ BinaryCrossEntropyArgs a, const __grid_constant__ Layouts layouts) {
   using A = AccOf<S>;
   A common = A(1);  // what every element's gradient is multiplied by

@@ -317,7 +317,7 @@ struct FullReader {
       Moments<A> higher;
       higher.max = max, higher.rest = higher.square = A(0);
       higher.merge(s.lse);
-      s.lse = higher;
+      s.lse = higher, s.argmax = s.kNowhere;
     }
     gaps.add(times(mass.value(), gap(before, max)));
     TargetGaps<A> these;
@@ -326,7 +326,11 @@ struct FullReader {
     for (int i = 0; i < V * N; i++) {
       const A x_i = x[i / N][i % N], u = max - x_i;
       A e = exp_nonpositive(-u);
-      if (own && x_i == max) e = A(0), own = false, s.argmax = c + i / N * step + i % N;
+      if (x_i == max) {  // the first of them: a row's unaligned head comes after its packs
+        const int64_t at = c + i / N * step + i % N;
+        s.argmax = at < s.argmax ? at : s.argmax;
+        if (own) e = A(0), own = false;
+      }
       rest += e, heat += times(e, u), square += e * e;
       these.push(q[i / N][i % N], x_i, max);
     }
