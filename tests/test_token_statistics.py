@@ -143,6 +143,10 @@ def test_argmax_is_the_first(backend):
         x = torch.cat([x, lowest])
         found = cece.token_statistics(x.to(backend.device), argmax=True).argmax.cpu()
         assert torch.equal(found, x.argmax(1)) and found.dtype == torch.int64
+        if backend.name == "cpu":  # blocks, and segments of a row
+            wide = torch.zeros(2, 140001)
+            wide[0, [5, 2000, 70000, 140000]], wide[1, [70000, 70001, 139999]] = 1, 1
+            assert cece.token_statistics(wide, argmax=True).argmax.tolist() == [5, 70000]
         turned = cece.token_statistics(x.t().contiguous().to(backend.device), argmax=True, dim=0).argmax.cpu()
         assert torch.equal(turned, found)
 
