@@ -15,8 +15,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ._arguments import as_bool, as_divisor, as_float, as_integer, as_positive, check_tensors, not_for_dtensors, refuse
 from ._script import check_reduction, over, reduction_number
 from .modules import _Shown
-from .ops import LINEAR_CROSS_ENTROPY, LINEAR_TOKEN_STATISTICS, MEAN, NONE, SUM, WANTED
-from .rows import TokenStatistics
+from .ops import LINEAR_CROSS_ENTROPY, LINEAR_TOKEN_STATISTICS, MEAN, NONE, SUM
+from .rows import Asked, TokenStatistics
 
 __all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy", "linear_token_statistics"]
 
@@ -303,21 +303,11 @@ def linear_token_statistics(
         name, {"input": input, "linear_weight": linear_weight}, {"target": target, "linear_bias": linear_bias}
     )
     not_for_dtensors(name, *tensors)
-    temperature = as_float(name, "temperature", temperature)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"cece.{name}: temperature must be a positive number, got {temperature}")
-    if log_prob is None:
-        log_prob = target is not None
-    asked = {"log_prob": log_prob, "entropy": entropy, "logsumexp": logsumexp, "collision": collision, "argmax": argmax}
-    wanted = sum(WANTED[key] for key, value in asked.items() if as_bool(name, key, value))
-    if not wanted:
-        raise ValueError(f"cece.{name}: ask for at least one of {', '.join(asked)}")
-    if log_prob and target is None:
-        raise ValueError(f"cece.{name}: log_prob needs a target, got None")
+    asked = Asked(name, target, temperature, log_prob, entropy, logsumexp, collision, argmax)
     call = _Call(name, input, linear_weight, target, linear_bias)
     if call.soft:
         raise RuntimeError(f"cece.{name}: target must be class indices of shape {call.rows}, got {_shape(target)}")
-    *values, _ = LINEAR_TOKEN_STATISTICS(
+    outputs = LINEAR_TOKEN_STATISTICS(
         call.input,
         call.linear_weight,
         call.linear_bias,
@@ -325,16 +315,14 @@ def linear_token_statistics(
         None,
         as_integer(name, "ignore_index", ignore_index),
         0.0,
-        1 / temperature,
+        asked.scale,
         0.0,
         False,
         _check_chunk_size(name, chunk_size),
         call.compact,
-        wanted,
+        asked.wanted,
     )
-    if log_prob:
-        values[0] = -values[0]
-    return TokenStatistics(*(call.shaped(v) if asked[key] else None for key, v in zip(asked, values, strict=True)))
+    return TokenStatistics(*(None if v is None else call.shaped(v) for v in asked.named(outputs)))
 
 
 class LinearCrossEntropyLoss(_Shown, _Base):

@@ -1,5 +1,6 @@
 """What a row of logits says beside its cross-entropy: log-probability, entropy and more, in one pass each way."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,17 +87,7 @@ def token_statistics(
     check_tensors(name, {"logits": logits}, {"target": target})
     not_for_dtensors(name, logits, target)
     ignore_index = as_integer(name, "ignore_index", ignore_index)
-    temperature = as_float(name, "temperature", temperature)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"cece.{name}: temperature must be a positive number, got {temperature}")
-    if log_prob is None:
-        log_prob = target is not None
-    asked = {"log_prob": log_prob, "entropy": entropy, "logsumexp": logsumexp, "collision": collision, "argmax": argmax}
-    wanted = sum(WANTED[key] for key, value in asked.items() if as_bool(name, key, value))
-    if not wanted:
-        raise ValueError(f"cece.{name}: ask for at least one of {', '.join(asked)}")
-    if log_prob and target is None:
-        raise ValueError(f"cece.{name}: log_prob needs a target, got None")
+    asked = Asked(name, target, temperature, log_prob, entropy, logsumexp, collision, argmax)
     dim = check_dim(name, logits, dim)
     shape = torch.Size(n for d, n in enumerate(logits.shape) if d != dim % logits.dim())
     if target is not None and target.shape != shape:
@@ -104,12 +95,37 @@ def token_statistics(
             f"cece.{name}: target must have shape {tuple(shape)}, logits' without the classes in dimension {dim}, got"
             f" {tuple(target.shape)}; are the classes in another dimension, say so: dim=-1"
         )
-    *values, _ = TOKEN_STATISTICS(
-        classes_second(logits, dim), target, None, ignore_index, 0.0, 1 / temperature, 0.0, False, wanted
+    return asked.named(
+        TOKEN_STATISTICS(
+            classes_second(logits, dim), target, None, ignore_index, 0.0, asked.scale, 0.0, False, asked.wanted
+        )
     )
-    if log_prob:
-        values[0] = -values[0]
-    return TokenStatistics(*(v if asked[key] else None for key, v in zip(asked, values, strict=True)))
+
+
+class Asked:
+    """Which statistics a call asks for, at which temperature, checked."""
+
+    def __init__(
+        self, loss: str, target: Tensor | None, temperature: float, log_prob: bool | None, *others: bool
+    ) -> None:
+        temperature = as_float(loss, "temperature", temperature)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"cece.{loss}: temperature must be a positive number, got {temperature}")
+        self.scale = 1 / temperature  # of the logits
+        values = (target is not None if log_prob is None else log_prob, *others)
+        self.names = [name for name, value in zip(WANTED, values, strict=True) if as_bool(loss, name, value)]
+        if not self.names:
+            raise ValueError(f"cece.{loss}: ask for at least one of {', '.join(WANTED)}")
+        if "log_prob" in self.names and target is None:
+            raise ValueError(f"cece.{loss}: log_prob needs a target, got None")
+        self.wanted = sum(WANTED[name] for name in self.names)
+
+    def named(self, outputs: Sequence[Tensor]) -> TokenStatistics:
+        """What of the operator's outputs was asked for; its loss is minus the log-probability."""
+        by_name = dict(zip(WANTED, outputs, strict=False))
+        if "log_prob" in self.names:
+            by_name["log_prob"] = -by_name["log_prob"]
+        return TokenStatistics(**{name: by_name[name] for name in self.names})
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0, dim: int = 1) -> Tensor:
