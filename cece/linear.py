@@ -355,6 +355,17 @@ class LinearCrossEntropyLoss(_Shown, _Base):
         "skip_masked_rows",
         "chunk_size",
     ]
+    num_classes: int
+    out_features: tuple[int, ...]
+    ignore_index: int | None
+    label_smoothing: float
+    options: Any
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+    skip_masked_rows: bool
+    chunk_size: int | None
+    linear: torch.nn.Linear
 
     def __init__(
         self,

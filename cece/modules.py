@@ -181,6 +181,13 @@ class SigmoidFocalLoss(_Shown):
 
     __constants__: list[str] = ["alpha", "gamma", "reduction", "label_smoothing", "poly", "ignore_index", "mean_dim"]
     weight: Tensor | None
+    alpha: float
+    gamma: float
+    reduction: str
+    label_smoothing: float
+    poly: float
+    ignore_index: int | None
+    mean_dim: int | None
 
     def __init__(
         self,
@@ -234,6 +241,13 @@ class AsymmetricLoss(_Shown):
         "gamma_neg", "gamma_pos", "clip", "reduction", "label_smoothing", "ignore_index", "mean_dim",
     ]  # fmt: skip
     weight: Tensor | None
+    gamma_neg: float
+    gamma_pos: float
+    clip: float
+    reduction: str
+    label_smoothing: float
+    ignore_index: int | None
+    mean_dim: int | None
 
     def __init__(
         self,
@@ -282,6 +296,10 @@ class SoftmaxFocalLoss(_Shown):
 
     __constants__: list[str] = ["gamma", "ignore_index", "reduction", "poly"]
     weight: Tensor | None
+    gamma: float
+    ignore_index: int
+    reduction: str
+    poly: float
 
     def __init__(
         self,
@@ -319,6 +337,10 @@ class MultilabelCrossEntropyLoss(_Shown):
     __constants__: list[str] = ["ignore_index", "reduction", "label_smoothing", "mean_dim"]
     weight: Tensor | None
     pos_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    mean_dim: int | None
 
     def __init__(
         self,
@@ -367,6 +389,9 @@ class PairwiseSigmoidLoss(torch.nn.Module):
     """
 
     __constants__: list[str] = ["reduction"]
+    log_scale: torch.nn.Parameter
+    bias: torch.nn.Parameter
+    reduction: str
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, reduction: str = "mean") -> None:
         super().__init__()

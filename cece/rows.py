@@ -105,13 +105,17 @@ def token_statistics(
 class Asked:
     """Which statistics a call asks for, at which temperature, checked."""
 
+    scale: float  # of the logits
+    names: list[str]
+    wanted: int
+
     def __init__(
         self, loss: str, target: Tensor | None, temperature: float, log_prob: bool | None, *others: bool
     ) -> None:
         temperature = as_float(loss, "temperature", temperature)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"cece.{loss}: temperature must be a positive number, got {temperature}")
-        self.scale = 1 / temperature  # of the logits
+        self.scale = 1 / temperature
         values = (target is not None if log_prob is None else log_prob, *others)
         self.names = [name for name, value in zip(WANTED, values, strict=True) if as_bool(loss, name, value)]
         if not self.names:
