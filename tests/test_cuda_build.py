@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ DTYPES = ["f64", "f32", "f16", "bf16"]
 
 # Registers a thread, at most, of each kernel on sm_90: with a label, with smoothing, with probabilities, with smoothing
 # and class weights, with probabilities of another type; all statistics with labels or none, and with probabilities. Of
-# float16 where it takes more than float32 and bfloat16, and
-# of float64. 64 let 4 blocks of 256 run on a multiprocessor, 80 three, 128 two.
+# float16 where it takes more than float32 and bfloat16, and of float64. 64 let 4 blocks of 256 run on a multiprocessor,
+# 80 three, 128 two.
 REGISTERS = {
     "forward_rows": {
         "32": (64, 80, 96, 80, 128, 128, 128),
@@ -124,7 +125,14 @@ __global__ void kernel(cece::Tournament<float>* t, const float (&x)[4]) { t->pus
 def dump(built):
     if not tool("cuobjdump") or not tool("nvdisasm"):
         pytest.skip("no cuobjdump and nvdisasm here: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    return lambda dtype, *args: cuobjdump(newest_object(f"cuda-{dtype}"), *args)
+    wanted = [("-res-usage",), *(("-sass", "-arch", f"sm_{arch.replace('.', '')}") for arch in ARCHS)]
+    with ThreadPoolExecutor(2) as pool:  # each takes ten seconds, and several tests read it
+        texts = {
+            (dtype, *args): pool.submit(cuobjdump, newest_object(f"cuda-{dtype}"), *args)
+            for dtype in DTYPES
+            for args in wanted
+        }
+        yield lambda *key: texts[key].result()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
