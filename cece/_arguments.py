@@ -103,3 +103,21 @@ def as_positive(loss: str, name: str, value: float | None) -> float | None:
     if not number > 0:
         raise ValueError(f"cece.{loss}: {name} must be a positive number or None, got {number}")
     return number
+
+
+# What cross-entropy takes beyond torch's arguments, and the values that ask for nothing.
+_USUAL = {
+    "inplace_backward": False,
+    "token_weight": None,
+    "normalizer": None,
+    "z_loss": 0.0,
+    "logit_scale": 1.0,
+    "softcap": None,
+    "skip_masked_rows": False,
+    "chunk_size": None,
+}
+
+
+def asked_for(**options: Any) -> dict[str, Any]:
+    """The options that ask for something: a handler written for torch's function does not know them."""
+    return {name: value for name, value in options.items() if value is not _USUAL[name] and value != _USUAL[name]}

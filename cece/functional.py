@@ -18,6 +18,7 @@ from ._arguments import (
     as_float,
     as_integer,
     as_positive,
+    asked_for,
     check_tensors,
     dtensor_among,
     not_for_dtensors,
@@ -96,15 +97,6 @@ def cross_entropy(
     z-loss: Chowdhery et al. (2022), PaLM, 5; soft capping: Gemma Team (2024), 2.
     """
     if has_torch_function_variadic(input, target, weight, token_weight, normalizer):
-        more = {
-            "inplace_backward": (inplace_backward, False),
-            "token_weight": (token_weight, None),
-            "normalizer": (normalizer, None),
-            "z_loss": (z_loss, 0.0),
-            "logit_scale": (logit_scale, 1.0),
-            "softcap": (softcap, None),
-            "skip_masked_rows": (skip_masked_rows, False),
-        }
         return handle_torch_function(
             cross_entropy,
             (input, target, weight, token_weight, normalizer),
@@ -116,8 +108,15 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            # Only where it is asked for: handlers written for torch's function do not know it.
-            **{name: value for name, (value, usual) in more.items() if value is not usual and value != usual},
+            **asked_for(
+                inplace_backward=inplace_backward,
+                token_weight=token_weight,
+                normalizer=normalizer,
+                z_loss=z_loss,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                skip_masked_rows=skip_masked_rows,
+            ),
         )
     check_tensors("cross_entropy", {"input": input, "target": target}, {"weight": weight})
     if type(ignore_index) is not int or not INT64[0] <= ignore_index <= INT64[1]:

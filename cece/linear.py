@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ._arguments import as_bool, as_divisor, as_float, as_integer, as_positive, check_tensors, not_for_dtensors, refuse
+from ._arguments import (
+    as_bool,
+    as_divisor,
+    as_float,
+    as_integer,
+    as_positive,
+    asked_for,
+    check_tensors,
+    not_for_dtensors,
+    refuse,
+)
 from ._script import check_reduction, over, reduction_number
 from .modules import _Shown
 from .ops import LINEAR_CROSS_ENTROPY, LINEAR_TOKEN_STATISTICS, MEAN, NONE, SUM
@@ -180,15 +190,6 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     tensors = input, linear_weight, target, linear_bias, weight, token_weight, normalizer
     if has_torch_function(tensors):
-        more = {
-            "token_weight": (token_weight, None),
-            "normalizer": (normalizer, None),
-            "z_loss": (z_loss, 0.0),
-            "logit_scale": (logit_scale, 1.0),
-            "softcap": (softcap, None),
-            "skip_masked_rows": (skip_masked_rows, False),
-            "chunk_size": (chunk_size, None),
-        }
         return handle_torch_function(
             linear_cross_entropy,
             tensors,
@@ -201,8 +202,15 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             options=options,
-            # Only where it is asked for: handlers written for torch's function do not know it.
-            **{name: value for name, (value, usual) in more.items() if value is not usual and value != usual},
+            **asked_for(
+                token_weight=token_weight,
+                normalizer=normalizer,
+                z_loss=z_loss,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                skip_masked_rows=skip_masked_rows,
+                chunk_size=chunk_size,
+            ),
         )
     check_tensors(
         name,
