@@ -9,12 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cece
-
-SPIN = 2e-3  # seconds for which the other process's threads may still look for work after its turn
 
 
 def isas():
@@ -62,10 +59,9 @@ class Step:
     passes = ("forward", "backward", "both")
 
     def __init__(self, process, name):
-        self.process, self.name = process, name
+        self.process, self.name, self.pool = process, name, process.isa
 
     def turn(self, steps):
-        time.sleep(SPIN)
         return self.process.ask(self.name, steps)
 
     def peak_memory(self):
@@ -86,7 +82,7 @@ def serve(threads):
         if name != of:
             step = None  # its memory first
             of, step = name, cases[name].kinds()["cece"](cases[name], *cases[name].tensors())
-        step.turn(1)  # wakes this process's threads
+        step.turn(1)  # untimed: it wakes this process's threads
         print(json.dumps([isa, *step.turn(steps)]), flush=True)
 
 

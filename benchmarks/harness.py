@@ -40,6 +40,7 @@ from . import elsewhere
 RESULTS = Path(__file__).parent / "results"
 PASSES = ("forward", "backward", "both")
 MIN_TURN = 2e-3  # seconds: a turn repeats its step until the slowest contender takes this long
+SPIN = 5e-3  # seconds: torch's threads look for more work for 4 ms after each step, on cores that the next one may need
 
 
 # ---- what is measured
@@ -101,6 +102,7 @@ class Step:
     """One contender's share of a training step."""
 
     passes = PASSES  # those that its rows are written of
+    pool = "torch"  # whose threads work for it
 
     def __init__(self, case, logits, target, options):
         self.source, self.target, self.options = logits, target, options
@@ -205,13 +207,16 @@ def alternate(steps, seconds, least=5, most=200):
         step.turn(2)  # warm-up, compilation
     slowest = max(min(sum(step.turn(1)) for _ in range(3)) for step in steps.values())
     repeat = max(1, round(MIN_TURN / slowest))
-    rounds = {name: [] for name in steps}
+    rounds, pool = {name: [] for name in steps}, None
     gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
         while (done := min(map(len, rounds.values()))) < least or (done < most and time.perf_counter() < end):
             for name, step in steps.items():
+                if step.pool != pool:
+                    time.sleep(SPIN)
+                pool = step.pool
                 rounds[name].append(step.turn(repeat))
     finally:
         gc.enable()

@@ -30,6 +30,8 @@ def on(threads, kind):
     """The contender with so many threads, which an untimed step starts."""
 
     class OnThreads(kind):
+        pool = threads
+
         def turn(self, steps):
             torch.set_num_threads(threads)
             super().turn(1)

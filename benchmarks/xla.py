@@ -117,6 +117,7 @@ class Xla(Step):
     """Loss and gradient, one program."""
 
     passes = ("both",)
+    pool = "XLA"
     compiled = staticmethod(jax.value_and_grad)
 
     def __init__(self, case, logits, target, options):

@@ -115,6 +115,22 @@ def test_contenders_take_turns_on_logits_written_anew():
     assert turns == ["cece", "other"] * (len(turns) // 2)
 
 
+def test_other_threads_come_to_rest_between_two_pools(monkeypatch):
+    log = []
+
+    class Recorder(harness.Step):
+        def __init__(self, pool):
+            self.pool = pool
+
+        def turn(self, steps):
+            log.append(self.pool)
+            return 1.0, 1.0
+
+    monkeypatch.setattr(harness.time, "sleep", lambda seconds: log.append("rest") or (seconds == harness.SPIN or 1 / 0))
+    harness.alternate({name: Recorder(name[0]) for name in ("a1", "a2", "b1")}, seconds=0, least=2)
+    assert log[-10:] == ["rest", "a", "a", "rest", "b"] * 2
+
+
 def test_byte_model():
     logits, target = torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64)
     assert harness.byte_model(logits, target) == {"forward": 192, "backward": 320, "both": 512}
@@ -177,15 +193,30 @@ def test_ahead_of_all_is_a_goal_of_every_case():
         assert ("XLA" in goals) == ("XLA" in case.kinds())
 
 
-def test_another_instruction_set_takes_its_turns():
-    other = elsewhere.Process("DEFAULT", threads=1)
-    step = other.step(CASES[0])
+def test_rows_of_a_case(monkeypatch):
+    """Another instruction set takes its turns with the rest; who has one program for both passes has no backward."""
+    monkeypatch.delitem(harness.CONTENDERS, "compile")
+    monkeypatch.setattr(harness, "drop_free_memory", lambda: None)
+    other, wrong = (elsewhere.Process(isa, threads=1) for isa in ("DEFAULT", "another"))
     try:
-        forward, backward = step.turn(3)
-        assert 0 < forward < 60 and 0 < backward < 60
+        rows = harness.measure(CASES[0], 0, [other])
+        with pytest.raises(RuntimeError, match="run cece with another, it ran with DEFAULT"):
+            monkeypatch.setattr(wrong, "process", other.process)
+            wrong.step(CASES[0]).turn(1)
     finally:
         other.end()
     assert other.process.returncode == 0
+    passes = {}
+    for of in rows:
+        passes.setdefault(of["contender"], []).append(of["pass"])
+        assert 0 < of["median_ms"] < 6e4 and of["rounds"] == 5
+        assert of["bytes"] == (
+            10240 if of["contender"] == "copy" else {"forward": 6144, "both": 17408}.get(of["pass"], 11264)
+        )
+    all_three = {"cece", "cece in place", "eager", "cece DEFAULT"}
+    assert {name for name, of in passes.items() if of == list(harness.PASSES)} == all_three
+    others = {"copy": ["both"], "XLA": ["both"], "XLA forward": ["forward"]}
+    assert all(of == others[name] for name, of in passes.items() if name not in all_three)
 
 
 def test_instruction_sets_are_this_one_and_lesser_ones(monkeypatch):
@@ -233,6 +264,22 @@ def test_threads(tmp_path):
         itertools.product(("cece", "eager"), data["threads"])
     )
     assert "CE 128 x 10" in reports.threads_table(data)
+
+    class Recorder(harness.Step):
+        def __init__(self):
+            self.seen = []
+
+        def prepare(self):
+            self.seen.append(torch.get_num_threads())
+
+        forward, backward = (lambda self: None), (lambda self, loss: None)
+
+    step = threads.on(used + 1, Recorder)()
+    try:
+        step.turn(3)
+    finally:
+        torch.set_num_threads(used)
+    assert step.seen == [used + 1] * 4  # the first is not timed
     assert [threads.numbers(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
     assert threads.NAMES.keys() <= {case.name for case in CASES}
 
