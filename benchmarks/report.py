@@ -90,6 +90,10 @@ def number(ms):
     return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
 
 
+def factor(ratio):
+    return f"{ratio:.2g}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
 def megabytes(row):
     return "" if row is None or row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
 
@@ -213,7 +217,7 @@ def threads_table(data):
         ratios = [of["eager", n] / of["cece", n] for n in counts]
         missed += sum(r < 1 for r in ratios)
         behind = ["" if r >= 1 else ", **eager is ahead**" for r in ratios]
-        times = (f"{number(of['cece', n])} ms, {r:.2g}x{b}" for n, r, b in zip(counts, ratios, behind, strict=True))
+        times = (f"{number(of['cece', n])} ms, {factor(r)}{b}" for n, r, b in zip(counts, ratios, behind, strict=True))
         rows.append([case, *times])
     header = ["case", *(f"{n} thread{'s' * (n > 1)}" for n in counts)]
     goals = len(rows) * len(counts)
@@ -354,7 +358,7 @@ def few(times, cases):
         if "cece" in (of := times.get(case, {})):
             ratios = {c: ms / of["cece"] for c, ms in of.items() if c not in ("cece", "cece in place")}
             ahead = [f"{OTHERS.get(c, c)} is ahead" for c, r in ratios.items() if r < 1]
-            faster = " / ".join(f"{ratios[c]:.2g}x" if c in ratios else "-" for c in took_part)
+            faster = " / ".join(factor(ratios[c]) if c in ratios else "-" for c in took_part)
             cells = (number(of[c]) if c in of else "-" for c in (*took_part, "cece"))
             rows.append([words, *cells, ", ".join([faster, *ahead])])
     names = " / ".join(took_part.values()).replace("torch.", "")
