@@ -231,30 +231,28 @@ def threads_table(data):
 # ---- in cache
 
 
+def in_copies(ns, copy, goal):
+    if ns is None:
+        return "-"
+    verdict = "" if goal is None else f" (≤ {goal:.2f} {'met' if ns <= goal else '**missed**'})"
+    return f"{ns:.3f}{verdict}, {ns / copy:.1f}x"
+
+
 def cache_table(data):
     """ns an element, each beside its goal and in copies; the goals are of the best instruction set."""
-    of, passes = {}, ("forward", "backward")
+    of, passes, rows = {}, ("forward", "backward"), []
     for row in data["rows"]:
         of.setdefault(row["case"], {})[row["isa"], row["pass"]] = row["ns"]
     best, *lesser = data["isas"]
-    goals, missed, rows = 0, 0, []
     for case, times in of.items():
         if case in data["empty"]:
             continue
         must, copy = data["must"].get(case, {}), of[data["copies"][case]][best, "forward"]
         measured = {p: times[best, p] for p in passes if (best, p) in times}
         measured["both"] = sum(measured.values())
-        verdicts = {p: measured[p] <= goal for p, goal in must.items()}
-        goals, missed = goals + len(verdicts), missed + list(verdicts.values()).count(False)
-
-        def cell(p, measured=measured, copy=copy, must=must, verdicts=verdicts):
-            if p not in measured:
-                return "-"
-            goal = f" (≤ {must[p]:.2f} {'met' if verdicts[p] else '**missed**'})" if p in must else ""
-            return f"{measured[p]:.3f}{goal}, {measured[p] / copy:.1f}x"
-
-        rows.append([case, *(cell(p) for p in (*passes, "both"))])
+        rows.append([case, *(in_copies(measured.get(p), copy, must.get(p)) for p in (*passes, "both"))])
         rows[-1] += [" / ".join(f"{times[isa, p]:.3f}" for p in passes if (isa, p) in times) for isa in lesser]
+    goals, missed = sum(map(len, data["must"].values())), str(rows).count("**missed**")
     header = ["case", *(f"{best} {p}, / copy" for p in (*passes, "both")), *(f"{isa} fwd / bwd" for isa in lesser)]
     fixed = "; ".join(
         f"{case} {' + '.join(f'{of[case][best, p] / 1e3:.1f}' for p in passes if (best, p) in of[case])} µs"
