@@ -160,6 +160,7 @@ def test_contenders_compute_the_same(case):
     close = {"rtol": 2e-2, "atol": 2e-3} if case.dtype == torch.bfloat16 else {}
     if "XLA" in case.kinds():
         outcomes["XLA"] = of_xla(case, tensors)
+        assert abs(outcomes["XLA"][0] / outcomes["cece"][0] - 1) < 1e-4  # 16-bit logits in float32, too
     for loss, gradient in outcomes.values():
         torch.testing.assert_close(loss, outcomes["eager"][0], **close)
         torch.testing.assert_close(gradient, outcomes["eager"][1], **close)
@@ -175,6 +176,7 @@ def of_xla(case, tensors):
         step.forward()
     loss, gradient = both.result
     assert abs(loss - forward.result) <= 1e-6 * abs(loss)
+    assert gradient.dtype.name == str(case.dtype).removeprefix("torch.")
     gradient = torch.from_numpy(np.array(gradient, dtype=np.float32))
     both.backward(None)
     assert both.result is None
