@@ -246,11 +246,24 @@ def test_in_cache(monkeypatch, tmp_path):
     assert reports.cache_table(data).count("\n| ") == len(in_cache.CASES) + 1
 
 
-def test_the_least_time_counts():
+def test_the_least_time_counts(monkeypatch):
     times = [{"A": {"forward": 3, "backward": 1}}, {"A": {"forward": 2, "backward": 4}}]
     assert in_cache.least_of(times) == {"A": {"forward": 2, "backward": 1}}
     calls = []
-    assert 0 < in_cache.least(lambda: calls.append(1), seconds=0, calls=3) < 1e9 and len(calls) == 60
+    ticks = itertools.accumulate(itertools.cycle([1, 27, 1, 30]))
+    monkeypatch.setattr(in_cache.time, "perf_counter_ns", lambda: next(ticks))
+    assert in_cache.least(lambda: calls.append(1), seconds=0, calls=3) == 9 and len(calls) == 60
+
+
+def test_in_cache_times_are_of_an_element_or_of_an_empty_call(monkeypatch):
+    used = torch.get_num_threads()
+    monkeypatch.setattr(in_cache, "least", lambda call, seconds, calls: 128000.0 * calls)
+    try:
+        times = in_cache.measure(seconds=0)
+    finally:
+        torch.set_num_threads(used)
+    assert times["CE 4 x 32000"] == {"forward": 1, "backward": 1} and times["copy, f32"] == {"forward": 1}
+    assert times["BCE 0 x 1000"] == {"forward": 12.8e6, "backward": 12.8e6}
 
 
 def test_threads(tmp_path):
