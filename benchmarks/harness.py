@@ -20,6 +20,7 @@ pages, of whatever allocator. The last freed gradients that cece keeps are dropp
 import argparse
 import ctypes
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -71,7 +72,7 @@ class Case:
         kinds = dict(CONTENDERS)
         if self.loss != "cross_entropy" or self.eager:
             del kinds["cece in place"]
-        if all(map(importlib.util.find_spec, ("jax", "jaxlib"))):
+        if jax_version():
             from . import xla
 
             kinds |= xla.kinds(self)
@@ -79,6 +80,11 @@ class Case:
 
     def moved(self, logits, target, options):
         return byte_model(logits, target)
+
+
+def jax_version():
+    """None: it is not there, and XLA takes no part."""
+    return importlib.metadata.version("jax") if all(map(importlib.util.find_spec, ("jax", "jaxlib"))) else None
 
 
 def byte_model(logits, target):
@@ -365,7 +371,7 @@ def main(cases, arguments=None):
     say_if_busy()
 
     out = args.out or (None if args.quick or args.only else default_output())
-    content = environment() | {"must": {case.name: goals(case) for case in cases}}
+    content = environment() | {"jax": jax_version(), "must": {case.name: goals(case) for case in cases}}
 
     def keep(rows, left_out):
         if out:

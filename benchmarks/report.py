@@ -125,7 +125,7 @@ def judged(contender, value, goal):
 def cpu_head(data):
     return (
         f"{data['cpu']} ({data['isa']}), {data['threads']} threads of {data['cores']} cores, torch {data['torch']},"
-        f" cece {data['cece']}, {data['date']}."
+        f"{' jax ' + data['jax'] + ',' if data.get('jax') else ''} cece {data['cece']}, {data['date']}."
     )
 
 

@@ -24,7 +24,16 @@ def row(contender, ms, case="CE 8 x 4", which="both", **more):
     return {"case": case, "dtype": "float32", "pass": which, "contender": contender} | measured | more
 
 
-CPU = {"cpu": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2", "cece": "0", "date": "2000-01-01"} | {
+CPU = {
+    "cpu": "A CPU",
+    "cores": 2,
+    "threads": 2,
+    "isa": "AVX2",
+    "torch": "2",
+    "jax": "1",
+    "cece": "0",
+    "date": "2000-01-01",
+} | {
     "must": {"CE 8 x 4": {"eager": 5, "compile": 3, "XLA": 1, "copy": 2.5}},
     "rows": [
         row("cece", 2.0),
@@ -367,7 +376,7 @@ def test_report_judges_and_is_idempotent(tmp_path, gpu_results):
     assert "Not yet measured." not in text and text.startswith("a\n") and text.endswith("\nc\n")
     assert "5x (\u2265 5 met)" in text and "2.95x (\u2265 3 **missed**)" in text and "2.5x (\u2264 2.5 met)" in text
     assert "0.75x (\u2265 1 **missed**)" in text and "| CE 8 x 4 | 2 | 3 | 1.5x |" in text  # XLA, AVX2
-    assert "2 of 4 goals met" in text and "(results/cpu-a.png)" in text
+    assert "torch 2, jax 1, cece 0" in text and "2 of 4 goals met" in text and "(results/cpu-a.png)" in text
     assert "| A | 4 ms, 1.5x | 2 ms, 0.75x, **eager is ahead** |" in text and "1 of 2 met" in text
     in_copies = "0.250 (\u2264 0.25 met), 2.5x | 0.300 (\u2264 0.20 **missed**), 3.0x | 0.550, 5.5x"
     assert f"| A | {in_copies} | 0.500 / 0.600 |" in text and "1 of 3 goals met" in text
