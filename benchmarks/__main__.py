@@ -1,20 +1,6 @@
 """All CPU benchmarks into one JSON file: python -m benchmarks [--quick] [--only NAME] [--out FILE.json]"""
 
-from . import (
-    bench_binary_cross_entropy,
-    bench_cross_entropy,
-    bench_divergence,
-    bench_linear,
-    bench_multilabel,
-    bench_token_statistics,
-)
+from .cases import CASES
 from .harness import main
 
-main(
-    bench_cross_entropy.CASES
-    + bench_token_statistics.CASES
-    + bench_linear.CASES
-    + bench_divergence.CASES
-    + bench_binary_cross_entropy.CASES
-    + bench_multilabel.CASES
-)
+main(CASES)

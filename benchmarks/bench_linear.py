@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import cece
 
-from .harness import main
+from . import harness
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,28 @@ class LinearCase:
     must: dict = field(default_factory=dict)
     loss: str = "linear_cross_entropy"
 
-    def contenders(self):
+    def tensors(self):
         torch.manual_seed(0)
         x = torch.randn(self.rows, self.features).to(self.dtype)
         w = (torch.randn(self.classes, self.features) * self.features**-0.5).to(self.dtype)
         t = torch.randint(self.classes, (self.rows,))
         t[: int(self.ignored * self.rows)] = -100
-        logits = self.rows * self.classes * self.dtype.itemsize
+        return x, w, t
+
+    def kinds(self):
         kinds = dict(CONTENDERS)
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch < 2.13
             del kinds["torch chunked"]
+        return kinds
+
+    def moved(self, x, w, t):
         # The matrix products read and write the logits, or what a chunk of them is, twice each way.
-        moved = {"forward": logits, "backward": 2 * logits, "both": 3 * logits}
-        return {name: kind(x, w, t) for name, kind in kinds.items()}, moved
+        logits = self.rows * self.classes * self.dtype.itemsize
+        return {"forward": logits, "backward": 2 * logits, "both": 3 * logits}
 
 
-class Step:
-    def __init__(self, x, w, t):
+class Step(harness.Step):
+    def __init__(self, case, x, w, t):
         self.x, self.w, self.target = x.clone().requires_grad_(), w.clone().requires_grad_(), t
         self.source = x
         self.loss = self.make_loss()
@@ -98,4 +103,4 @@ CASES = [
 ]
 
 if __name__ == "__main__":
-    main(CASES)
+    harness.main(CASES)

@@ -12,14 +12,14 @@ def labels(logits):
     return torch.randint(logits.shape[1], logits.shape[:1])
 
 
-def policy(logits, target):
+def eager_policy(logits, target):
     """What a policy gradient asks of every token: its log-probability and its entropy."""
     log_p = logits.log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1)
     return (log_p.gather(1, target.unsqueeze(1)).squeeze(1) + entropy).mean()
 
 
-def cece_policy(logits, target):
+def policy(logits, target):
     s = cece.token_statistics(logits, target, entropy=True)
     return (s.log_prob + s.entropy).mean()
 
@@ -30,7 +30,7 @@ def softcapped(logits, target, z_loss, softcap):
 
 
 def statistics(name, *shape, must, **more):
-    return Case(name, cece_policy, shape, labels, eager=policy, must=must, **more)
+    return Case(name, policy, shape, labels, eager=eager_policy, must=must, **more)
 
 
 GEMMA = {"z_loss": 1e-4, "softcap": 30.0}

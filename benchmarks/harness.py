@@ -7,6 +7,9 @@ machine disturbs all of them. Reported are median and interquartile range over r
     forward     loss = f(logits, target)
     backward    loss.backward(), which makes a fresh gradient, and its release (as by zero_grad)
 
+XLA takes part where jax can be imported; loss and gradient are one of its programs, so it has no backward alone. cece
+with the next lesser instruction set is a process of its own that takes its turns in the same rounds (elsewhere.py).
+
 The collector is off, the number of threads fixed and recorded; warm-up and compilation come first. The memory limit is
 `copy`: the logits copied once into memory that was touched before, two of the byte model's passes.
 
@@ -17,6 +20,8 @@ pages, of whatever allocator. The last freed gradients that cece keeps are dropp
 import argparse
 import ctypes
 import gc
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -31,9 +36,12 @@ import torch
 
 import cece
 
+from . import elsewhere
+
 RESULTS = Path(__file__).parent / "results"
 PASSES = ("forward", "backward", "both")
 MIN_TURN = 2e-3  # seconds: a turn repeats its step until the slowest contender takes this long
+SPIN = 5e-3  # seconds: torch's threads look for more work for 4 ms after each step, on cores that the next one may need
 
 
 # ---- what is measured
@@ -52,13 +60,31 @@ class Case:
     options: dict = field(default_factory=dict)  # keyword arguments; a callable is called with the logits
     eager: Callable | None = None  # (logits, target, **options) -> loss, where torch has no function of this name
     for_torch: Callable = lambda logits, target: target  # the conversion torch needs of a target, part of its time
-    must: dict = field(default_factory=dict)  # cece must be this many times faster than eager and compile; copy: slower
+    must: dict = field(default_factory=dict)  # cece must be this many times faster than a contender; copy: slower
 
     def tensors(self):
         torch.manual_seed(0)
         logits = self.logits(*self.shape).to(self.dtype)
         options = {k: v(logits) if callable(v) else v for k, v in self.options.items()}
         return logits, self.target(logits), options
+
+    def kinds(self):
+        kinds = dict(CONTENDERS)
+        if self.loss != "cross_entropy" or self.eager:
+            del kinds["cece in place"]
+        if jax_version():
+            from . import xla
+
+            kinds |= xla.kinds(self)
+        return kinds
+
+    def moved(self, logits, target, options):
+        return byte_model(logits, target)
+
+
+def jax_version():
+    """None: it is not there, and XLA takes no part."""
+    return importlib.metadata.version("jax") if all(map(importlib.util.find_spec, ("jax", "jaxlib"))) else None
 
 
 def byte_model(logits, target):
@@ -67,11 +93,22 @@ def byte_model(logits, target):
     return {"forward": n + t, "backward": 2 * n + t, "both": 3 * n + 2 * t}
 
 
+AHEAD = {"eager": 1, "compile": 1, "XLA": 1}  # the goal of every case, where it sets no higher one
+
+
+def goals(case):
+    kinds = case.kinds()
+    return {name: goal for name, goal in (AHEAD | case.must).items() if name in kinds}
+
+
 # ---- who takes part
 
 
 class Step:
     """One contender's share of a training step."""
+
+    passes = PASSES  # those that its rows are written of
+    pool = "torch"  # whose threads work for it
 
     def __init__(self, case, logits, target, options):
         self.source, self.target, self.options = logits, target, options
@@ -87,6 +124,36 @@ class Step:
     def backward(self, loss):
         loss.backward()
         self.logits.grad = None
+
+    def turn(self, steps):
+        """Seconds of one step's (forward, backward), the mean of so many."""
+        forward = backward = 0.0
+        clock = time.perf_counter
+        for _ in range(steps):
+            self.prepare()
+            start = clock()
+            loss = self.forward()
+            middle = clock()
+            self.backward(loss)
+            backward += clock() - middle
+            forward += middle - start
+        return forward / steps, backward / steps
+
+    def peak_memory(self):
+        """{pass: bytes}: by how much resident memory grew at most. None where the system does not tell."""
+        self.prepare()
+        try:
+            drop_free_memory()
+            before = resident()
+            reset_peak()
+            loss = self.forward()
+            forward = resident("VmHWM") - before
+            reset_peak()
+            self.backward(loss)
+            backward = resident("VmHWM") - before
+        except (OSError, AttributeError):  # no /proc that may be written to, or no malloc_trim
+            return dict.fromkeys(PASSES)
+        return {"forward": max(0, forward), "backward": max(0, backward), "both": max(0, forward, backward)}
 
 
 class Cece(Step):
@@ -116,6 +183,8 @@ class Compiled(Eager):
 
 
 class Copy(Step):
+    passes = ("both",)
+
     def make_loss(self, case):
         self.copy = self.source.clone(memory_format=torch.preserve_format)
         return None
@@ -131,45 +200,30 @@ CONTENDERS = {"cece": Cece, "cece in place": CeceInPlace, "eager": Eager, "compi
 
 
 def contenders(case):
-    if hasattr(case, "contenders"):  # a case that is no loss of logits alone
-        return case.contenders()
-    names = [n for n in CONTENDERS if n != "cece in place" or (case.loss == "cross_entropy" and not case.eager)]
     tensors = case.tensors()
-    return {name: CONTENDERS[name](case, *tensors) for name in names}, byte_model(*tensors[:2])
+    return {name: kind(case, *tensors) for name, kind in case.kinds().items()}, case.moved(*tensors)
 
 
 # ---- time
 
 
-def turn(step, steps):
-    """Seconds of one step's (forward, backward), the mean of so many."""
-    forward = backward = 0.0
-    clock = time.perf_counter
-    for _ in range(steps):
-        step.prepare()
-        start = clock()
-        loss = step.forward()
-        middle = clock()
-        step.backward(loss)
-        backward += clock() - middle
-        forward += middle - start
-    return forward / steps, backward / steps
-
-
 def alternate(steps, seconds, least=5, most=200):
     """{contender: [(forward, backward) of every round]}, the contenders taking turns."""
     for step in steps.values():
-        turn(step, 2)  # warm-up, compilation
-    slowest = max(min(sum(turn(step, 1)) for _ in range(3)) for step in steps.values())
+        step.turn(2)  # warm-up, compilation
+    slowest = max(min(sum(step.turn(1)) for _ in range(3)) for step in steps.values())
     repeat = max(1, round(MIN_TURN / slowest))
-    rounds = {name: [] for name in steps}
+    rounds, pool = {name: [] for name in steps}, None
     gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
-        while (done := len(rounds["cece"])) < least or (done < most and time.perf_counter() < end):
+        while (done := min(map(len, rounds.values()))) < least or (done < most and time.perf_counter() < end):
             for name, step in steps.items():
-                rounds[name].append(turn(step, repeat))
+                if step.pool != pool:
+                    time.sleep(SPIN)
+                pool = step.pool
+                rounds[name].append(step.turn(repeat))
     finally:
         gc.enable()
     return rounds
@@ -199,23 +253,6 @@ def drop_free_memory():
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def peak_memory(step):
-    """{pass: bytes}: by how much resident memory grew at most. None where the system does not tell."""
-    step.prepare()
-    try:
-        drop_free_memory()
-        before = resident()
-        reset_peak()
-        loss = step.forward()
-        forward = resident("VmHWM") - before
-        reset_peak()
-        step.backward(loss)
-        backward = resident("VmHWM") - before
-    except (OSError, AttributeError):  # no /proc that may be written to, or no malloc_trim
-        return dict.fromkeys(PASSES)
-    return {"forward": max(0, forward), "backward": max(0, backward), "both": max(0, forward, backward)}
-
-
 def reset_peak():
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
@@ -224,19 +261,20 @@ def reset_peak():
 # ---- one case, all cases
 
 
-def measure(case, seconds):
-    """The case's rows of the table."""
+def measure(case, seconds, others=()):
+    """The case's rows of the table; `others` are processes that run cece's share of it, too."""
     steps, bytes_ = contenders(case)
+    steps |= {f"cece {other.isa}": other.step(case) for other in others}
     rounds = alternate(steps, seconds)
     rows = []
     for name, samples in rounds.items():
-        peak = peak_memory(steps[name])
+        peak = steps[name].peak_memory()
         times = {
             "forward": [f for f, _ in samples],
             "backward": [b for _, b in samples],
             "both": [sum(s) for s in samples],
         }
-        for which in PASSES if name != "copy" else ["both"]:
+        for which in steps[name].passes:
             what = {
                 "case": case.name,
                 "dtype": str(case.dtype).removeprefix("torch."),
@@ -307,9 +345,14 @@ def cpu_name():
         return platform.processor() or platform.machine()
 
 
-def default_output():
+def default_output(kind="cpu"):
     name = "-".join(cpu_name().lower().replace("(r)", "").replace("(tm)", "").split())
-    return RESULTS / f"cpu-{name}-torch{torch.__version__.split('+')[0]}.json"
+    return RESULTS / f"{kind}-{name}-torch{torch.__version__.split('+')[0]}.json"
+
+
+def say_if_busy():
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): these times are not worth keeping")
 
 
 def main(cases, arguments=None):
@@ -324,11 +367,11 @@ def main(cases, arguments=None):
     if not cases:
         parser.error(f"no case's name contains {args.only!r}")
     torch.set_num_threads(args.threads)
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
-        print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): these times are not worth keeping")
+    os.environ["NPROC"] = str(args.threads)  # XLA's number of threads, read when jax is first imported
+    say_if_busy()
 
     out = args.out or (None if args.quick or args.only else default_output())
-    content = environment() | {"must": {case.name: case.must for case in cases if case.must}}
+    content = environment() | {"jax": jax_version(), "must": {case.name: goals(case) for case in cases}}
 
     def keep(rows, left_out):
         if out:
@@ -336,4 +379,9 @@ def main(cases, arguments=None):
 
     if out:
         print(f"written after each case: {out}", flush=True)
-    return each(cases, lambda case: measure(case, 0 if args.quick else args.seconds), keep, print_case)
+    others = [elsewhere.Process(isa, args.threads) for isa in elsewhere.isas()[1:]]
+    try:
+        return each(cases, lambda case: measure(case, 0 if args.quick else args.seconds, others), keep, print_case)
+    finally:
+        for other in others:
+            other.end()

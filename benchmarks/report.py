@@ -21,6 +21,7 @@ COLOURS = {
     "eager": "#e8a33d",
     "compile": "#7a9a4b",
     "torch.compile": "#7a9a4b",
+    "XLA": "#b03a6b",
     "liger": "#b03a6b",
     "quack": "#6a4fa3",
     "limit": "#9a9a9a",
@@ -45,7 +46,8 @@ FEW = {
     },
 }
 PLOTTED = "CE 8192 x 1000", "CE 1024 x 32000", "BCE 8192 x 1000"
-TORCH = {"eager": "torch", "compile": "torch.compile"}
+OURS = {"cece": "cece", "limit": "memory alone"}
+OTHERS = {"eager": "torch", "compile": "torch.compile", "XLA": "XLA"}
 
 
 # ---- both
@@ -88,6 +90,10 @@ def number(ms):
     return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
 
 
+def factor(ratio):
+    return f"{ratio:.2g}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
 def megabytes(row):
     return "" if row is None or row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
 
@@ -119,45 +125,74 @@ def judged(contender, value, goal):
 def cpu_head(data):
     return (
         f"{data['cpu']} ({data['isa']}), {data['threads']} threads of {data['cores']} cores, torch {data['torch']},"
-        f" cece {data['cece']}, {data['date']}."
+        f"{' jax ' + data['jax'] + ',' if data.get('jax') else ''} cece {data['cece']}, {data['date']}."
     )
 
 
 def cpu_times(data):
-    """{case: {contender: ms}}; the copy is no contender."""
+    """{case: {contender: ms}}; neither the copy nor another instruction set is a contender."""
     cases = by_case(data["rows"]).items()
-    return {case: {c: row["median_ms"] for c, row in of.items() if c != "copy"} for case, of in cases}
+    names = ("cece", "cece in place", *OTHERS)
+    return {case: {c: of[c]["median_ms"] for c in names if c in of} for case, of in cases}
 
 
 def cpu_report(data):
     rows, goals, reached = [], 0, 0
     for case, of in by_case(data["rows"]).items():
         cece, must = of["cece"], data["must"].get(case, {})
-        ratios = {c: ratio(c, of.get(c), cece) for c in ("eager", "compile", "copy")}
+        ratios = {c: ratio(c, of.get(c), cece) for c in (*OTHERS, "copy")}
         goals += len(must)
         reached += sum(met(c, ratios[c], goal) for c, goal in must.items())
-        times = [number(of[c]["median_ms"]) if c in of else "" for c in ("cece", "cece in place", "eager", "compile")]
+        times = [number(of[c]["median_ms"]) if c in of else "-" for c in ("cece", "cece in place", *OTHERS)]
         peaks = [megabytes(of.get(c)) for c in ("cece", "eager", "compile")]
         rows.append([case, *times, *(judged(c, r, must.get(c)) for c, r in ratios.items()), " / ".join(peaks)])
-    header = "case, cece ms, in place ms, eager ms, compile ms, eager / cece, compile / cece, cece / copy, peak MiB"
+    header = "case, cece ms, in place ms, eager ms, compile ms, XLA ms, eager / cece, compile / cece, XLA / cece"
+    header += ", cece / copy, peak MiB"
     return f"{cpu_head(data)} {reached} of {goals} goals met.{whole(data)}\n\n{table(header.split(', '), rows)}"
+
+
+def cpu_isas(data):
+    """cece's time with each instruction set that was measured."""
+    cases = by_case(data["rows"])
+    lesser = sorted({c for of in cases.values() for c in of if c.startswith("cece ")} - {"cece in place"})
+    rows = []
+    for case, of in cases.items():
+        ms = of["cece"]["median_ms"]
+        cells = ((number(of[c]["median_ms"]), f"{of[c]['median_ms'] / ms:.3g}x") if c in of else "--" for c in lesser)
+        rows.append([case, number(ms), *(text for pair in cells for text in pair)])
+    names = (c.removeprefix("cece ") for c in lesser)
+    header = ["case", f"{data['isa']} ms", *(text for n in names for text in (f"{n} ms", f"{n} / {data['isa']}"))]
+    return f"{cpu_head(data)}\n\n{table(header, rows)}" if lesser else "Not yet measured."
+
+
+def limit(of):
+    """The least milliseconds that the byte model allows at the copy's bandwidth."""
+    return of["copy"]["median_ms"] * of["cece"]["bytes"] / of["copy"]["bytes"]
+
+
+def cpu_light(data):
+    """How near to that limit each case is that moves more than a megabyte."""
+    lines = []
+    for case, of in by_case(data["rows"]).items():
+        if "copy" in of and of["cece"]["bytes"] > 2**20:
+            part = limit(of) / of["cece"]["median_ms"]
+            lines.append(f"{case:42} {bar(min(part, 1), 32):32} {100 * part:3.0f} %  of {number(limit(of))} ms")
+    return "\n".join([f"{cpu_head(data)}\n\n```text", *lines, "```"])
 
 
 def plot_cpu(data, path):
     """Bars: time against cece's, and the least time that the byte model allows at the copy's bandwidth."""
     cases, widest = by_case(data["rows"]), 20  # longer bars are cut, their number stays
-    figure, grid = new_figure(10, 1.5 + 0.62 * len(cases))
+    figure, grid = new_figure(10, 1.5 + 0.75 * len(cases))
     axes = grid[0, 0]
     for place, of in enumerate(cases.values()):
-        cece, copy = of["cece"], of.get("copy")
-        bars = {name: of[name]["median_ms"] for name in ("eager", "compile") if name in of} | {
-            "cece": cece["median_ms"]
-        }
-        if copy:
-            bars["limit"] = copy["median_ms"] * cece["bytes"] / copy["bytes"]
+        cece = of["cece"]
+        bars = {name: of[name]["median_ms"] for name in OTHERS if name in of} | {"cece": cece["median_ms"]}
+        if "copy" in of:
+            bars["limit"] = limit(of)
         for i, (name, ms) in enumerate(bars.items()):
-            value, y = ms / cece["median_ms"], place + 0.2 * (i - 1.5)
-            axes.barh(y, min(value, widest), height=0.19, color=COLOURS[name], label=name if place == 0 else None)
+            value, y = ms / cece["median_ms"], place + 0.17 * (i - 2)
+            axes.barh(y, min(value, widest), height=0.16, color=COLOURS[name], label=name if place == 0 else None)
             axes.text(min(value, widest), y, f" {value:.2f}x, {number(ms)} ms", va="center", fontsize=6.5)
     axes.set_yticks(range(len(cases)), list(cases), fontsize=8)
     axes.invert_yaxis()
@@ -166,6 +201,66 @@ def plot_cpu(data, path):
     axes.set_title(f"{data['cpu']}, {data['threads']} threads, torch {data['torch']}", fontsize=10)
     axes.legend(loc="lower right", fontsize=8)
     save(figure, path)
+
+
+# ---- from one thread to all cores
+
+
+def threads_table(data):
+    """cece's time with each number of threads, and how many times faster than eager's with as many it is."""
+    counts = data["threads"]
+    cells, missed = {}, 0
+    for row in data["rows"]:
+        cells.setdefault(row["case"], {})[row["contender"], row["threads"]] = row["median_ms"]
+    rows = []
+    for case, of in cells.items():
+        ratios = [of["eager", n] / of["cece", n] for n in counts]
+        missed += sum(r < 1 for r in ratios)
+        behind = ["" if r >= 1 else ", **eager is ahead**" for r in ratios]
+        times = (f"{number(of['cece', n])} ms, {factor(r)}{b}" for n, r, b in zip(counts, ratios, behind, strict=True))
+        rows.append([case, *times])
+    header = ["case", *(f"{n} thread{'s' * (n > 1)}" for n in counts)]
+    goals = len(rows) * len(counts)
+    cores = f"{data['cores']} cores, torch {data['torch']}, cece {data['cece']}, {data['date']}"
+    return (
+        f"{table(header, rows)}\n\n{data['cpu']} ({data['isa']}), {cores}. Goal: eager is nowhere ahead,"
+        f" {goals - missed} of {goals} met.{whole(data)}"
+    )
+
+
+# ---- in cache
+
+
+def in_copies(ns, copy, goal):
+    if ns is None:
+        return "-"
+    verdict = "" if goal is None else f" (≤ {goal:.2f} {'met' if ns <= goal else '**missed**'})"
+    return f"{ns:.3f}{verdict}, {ns / copy:.1f}x"
+
+
+def cache_table(data):
+    """ns an element, each beside its goal and in copies; the goals are of the best instruction set."""
+    of, passes, rows = {}, ("forward", "backward"), []
+    for row in data["rows"]:
+        of.setdefault(row["case"], {})[row["isa"], row["pass"]] = row["ns"]
+    best, *lesser = data["isas"]
+    for case, times in of.items():
+        if case in data["empty"]:
+            continue
+        must, copy = data["must"].get(case, {}), of[data["copies"][case]][best, "forward"]
+        measured = {p: times[best, p] for p in passes if (best, p) in times}
+        measured["both"] = sum(measured.values())
+        rows.append([case, *(in_copies(measured.get(p), copy, must.get(p)) for p in (*passes, "both"))])
+        rows[-1] += [" / ".join(f"{times[isa, p]:.3f}" for p in passes if (isa, p) in times) for isa in lesser]
+    goals, missed = sum(map(len, data["must"].values())), str(rows).count("**missed**")
+    header = ["case", *(f"{best} {p}, / copy" for p in (*passes, "both")), *(f"{isa} fwd / bwd" for isa in lesser)]
+    fixed = "; ".join(
+        f"{case} {' + '.join(f'{of[case][best, p] / 1e3:.1f}' for p in passes if (best, p) in of[case])} µs"
+        for case in data["empty"]
+    )
+    head = f"{data['cpu']}, one thread, torch {data['torch']}, cece {data['cece']}, {data['date']}."
+    fixed = f"The fixed cost of a call, part of every time above, is that of one without elements: {fixed}."
+    return f"{table(header, rows)}\n\n{head} {goals - missed} of {goals} goals met. {fixed}"
 
 
 # ---- GPU
@@ -254,28 +349,33 @@ def save(figure, path):
 
 
 def few(times, cases):
-    """A row for each of the cases that was measured. Whoever is faster than cece is named."""
+    """A row for each case that was measured, a column for whoever took part. Who is faster than cece is named."""
+    took_part = {c: name for c, name in OTHERS.items() if any(c in of for of in times.values())}
     rows = []
     for case, words in cases.items():
         if "cece" in (of := times.get(case, {})):
             ratios = {c: ms / of["cece"] for c, ms in of.items() if c not in ("cece", "cece in place")}
-            ahead = [f"{TORCH.get(c, c)} is ahead" for c, r in ratios.items() if r < 1]
-            faster = " / ".join(f"{ratios[c]:.2g}x" if c in ratios else "-" for c in TORCH)
-            cells = (number(of[c]) if c in of else "" for c in (*TORCH, "cece"))
+            ahead = [f"{OTHERS.get(c, c)} is ahead" for c, r in ratios.items() if r < 1]
+            faster = " / ".join(factor(ratios[c]) if c in ratios else "-" for c in took_part)
+            cells = (number(of[c]) if c in of else "-" for c in (*took_part, "cece"))
             rows.append([words, *cells, ", ".join([faster, *ahead])])
-    return table(["case", "torch ms", "torch.compile ms", "cece ms", "times as fast as torch / compile"], rows)
+    names = " / ".join(took_part.values()).replace("torch.", "")
+    header = ["case", *(f"{name} ms" for name in (*took_part.values(), "cece")), f"times as fast as {names}"]
+    return table(header, rows)
+
+
+def bar(part, width):
+    eighths = max(1, round(8 * width * part))
+    return "\u2588" * (eighths // 8) + " \u258f\u258e\u258d\u258c\u258b\u258a\u2589"[eighths % 8].strip()
 
 
 def bars(times, cases, words, width=40):
     """The cases' times as a plot in text, which shows wherever text does."""
     lines = []
     for case in (c for c in cases if c in times):
-        of = {name: times[case][c] for c, name in {**TORCH, "cece": "cece"}.items() if c in times[case]}
+        of = {name: times[case][c] for c, name in {**OTHERS, **OURS}.items() if c in times[case]}
         lines += [words[case]] if not lines else ["", words[case]]
-        for name, ms in of.items():
-            eighths = max(1, round(8 * width * ms / max(of.values())))
-            bar = "\u2588" * (eighths // 8) + " \u258f\u258e\u258d\u258c\u258b\u258a\u2589"[eighths % 8].strip()
-            lines.append(f"  {name:13} {bar} {number(ms)} ms")
+        lines += [f"  {name:13} {bar(ms / max(of.values()), width)} {number(ms)} ms" for name, ms in of.items()]
     return "\n".join(["```text", *lines, "```"])
 
 
@@ -308,17 +408,28 @@ def gpu_few(data):
 
 
 def cpu_bars(data):
-    return bars(cpu_times(data), PLOTTED, FEW["cpu"])
+    """With them the limit: what the memory alone would take."""
+    rows = by_case(data["rows"])
+    times = {
+        case: of | ({"limit": limit(rows[case])} if "copy" in rows[case] else {})
+        for case, of in cpu_times(data).items()
+    }
+    return bars(times, PLOTTED, FEW["cpu"])
 
 
 PLOTS = {"cpu": plot_cpu, "gpu": plot_gpu}
 SECTIONS = {
     "cpu-plot": newest_of(cpu_bars),
     "cpu-table": newest_of(cpu_few),
+    "threads-table": newest_of(threads_table),
+    "cache-table": newest_of(cache_table),
     "gpu-table": newest_of(gpu_few),
     "cpu-report": all_of(cpu_report),
+    "cpu-light": newest_of(cpu_light),
+    "cpu-isas": newest_of(cpu_isas),
     "gpu-report": all_of(gpu_report),
 }
+KINDS = {section.split("-")[0] for section in SECTIONS}
 MARKED = re.compile(rf"(<!-- ({'|'.join(SECTIONS)}):begin -->)(.*?)(<!-- \2:end -->)", re.DOTALL)
 
 
@@ -341,7 +452,7 @@ def rewritten(files, pages=PAGES):
 
 def report(results=RESULTS, pages=PAGES, plots=True):
     """Rewrites the pages' sections and the plots; the pages that changed."""
-    files = {kind: load(results, kind) for kind in PLOTS}
+    files = {kind: load(results, kind) for kind in KINDS}
     for kind, plot in PLOTS.items() if plots else ():
         for file, data in files[kind]:
             plot(data, file.with_suffix(".png"))

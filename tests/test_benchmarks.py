@@ -11,24 +11,10 @@ import torch
 import cece
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import (  # noqa: E402
-    bench_binary_cross_entropy,
-    bench_cross_entropy,
-    bench_divergence,
-    bench_multilabel,
-    bench_token_statistics,
-    gpu,
-    harness,
-)
+from benchmarks import bench_cross_entropy, cases, elsewhere, gpu, harness, in_cache, threads  # noqa: E402
 from benchmarks import report as reports  # noqa: E402
 
-CASES = (
-    bench_cross_entropy.CASES
-    + bench_token_statistics.CASES
-    + bench_divergence.CASES
-    + bench_binary_cross_entropy.CASES
-    + bench_multilabel.CASES
-)
+CASES = [case for case in cases.CASES if isinstance(case, harness.Case)]  # losses of logits alone
 PAGE = "".join(f"a\n<!-- {name}:begin -->old<!-- {name}:end -->\n" for name in reports.SECTIONS) + "c\n"
 
 
@@ -38,14 +24,47 @@ def row(contender, ms, case="CE 8 x 4", which="both", **more):
     return {"case": case, "dtype": "float32", "pass": which, "contender": contender} | measured | more
 
 
-CPU = {"cpu": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2", "cece": "0", "date": "2000-01-01"} | {
-    "must": {"CE 8 x 4": {"eager": 5, "compile": 3, "copy": 2.5}},
+CPU = {
+    "cpu": "A CPU",
+    "cores": 2,
+    "threads": 2,
+    "isa": "AVX2",
+    "torch": "2",
+    "jax": "1",
+    "cece": "0",
+    "date": "2000-01-01",
+} | {
+    "must": {"CE 8 x 4": {"eager": 5, "compile": 3, "XLA": 1, "copy": 2.5}},
     "rows": [
         row("cece", 2.0),
+        row("cece AVX2", 3.0),
+        row("XLA", 1.5),
         row("eager", 10.0),
         row("compile", 5.9),
         row("copy", 0.8),
         row("cece", 9, which="forward"),
+    ],
+}
+
+
+CACHE = CPU | {
+    "isas": ["AVX512", "AVX2"],
+    "must": {"A": {"forward": 0.25, "backward": 0.2}, "B": {"both": 0.6}},
+    "copies": {"A": "copy", "B": "copy", "copy": "copy"},
+    "empty": ["none"],
+    "rows": [
+        {"case": case, "isa": isa, "pass": which, "ns": ns * (1 + (isa == "AVX2"))}
+        for case, passes in {"A": (0.25, 0.3), "B": (0.4, 0.3), "copy": (0.1,), "none": (2500, 1500)}.items()
+        for isa in ("AVX512", "AVX2")
+        for which, ns in zip(("forward", "backward"), passes, strict=False)
+    ],
+}
+THREADS = CPU | {
+    "threads": [1, 2],
+    "rows": [
+        {"case": "A", "pass": "both", "contender": contender, "threads": n, "median_ms": ms}
+        for contender, times in {"cece": (4.0, 2.0), "eager": (6.0, 1.5)}.items()
+        for n, ms in zip((1, 2), times, strict=True)
     ],
 }
 
@@ -83,7 +102,7 @@ def test_medians_and_quartiles():
 def test_contenders_take_turns_on_logits_written_anew():
     calls = []
 
-    class Recorder:
+    class Recorder(harness.Step):
         def __init__(self, name):
             self.name = name
 
@@ -105,20 +124,40 @@ def test_contenders_take_turns_on_logits_written_anew():
     assert turns == ["cece", "other"] * (len(turns) // 2)
 
 
+def test_other_threads_come_to_rest_between_two_pools(monkeypatch):
+    log = []
+
+    class Recorder(harness.Step):
+        def __init__(self, pool):
+            self.pool = pool
+
+        def turn(self, steps):
+            log.append(self.pool)
+            return 1.0, 1.0
+
+    monkeypatch.setattr(harness.time, "sleep", lambda seconds: log.append("rest") or (seconds == harness.SPIN or 1 / 0))
+    harness.alternate({name: Recorder(name[0]) for name in ("a1", "a2", "b1")}, seconds=0, least=2)
+    assert log[-10:] == ["rest", "a", "a", "rest", "b"] * 2
+
+
 def test_byte_model():
     logits, target = torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64)
     assert harness.byte_model(logits, target) == {"forward": 192, "backward": 320, "both": 512}
 
 
+def small(case):
+    return harness.Case(**{**vars(case), "shape": (4, 6, 2, 3) if len(case.shape) == 4 else (8, 6)})
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_contenders_compute_the_same(case):
-    small = harness.Case(**{**vars(case), "shape": (4, 6, 2, 3) if len(case.shape) == 4 else (8, 6)})
-    tensors = small.tensors()
+    case = small(case)
+    tensors = case.tensors()
     outcomes = {}
     for name in ("cece", "cece in place", "eager"):
-        if name == "cece in place" and (case.loss != "cross_entropy" or case.eager):
+        if name not in case.kinds():
             continue
-        step = harness.CONTENDERS[name](small, *tensors)
+        step = case.kinds()[name](case, *tensors)
         for _ in range(2):  # the second step must see the same logits again
             step.prepare()
             loss = step.forward()
@@ -128,16 +167,152 @@ def test_contenders_compute_the_same(case):
             gradient, step.logits.grad = step.logits.grad.clone(), None
         outcomes[name] = loss.float(), gradient.float()
     close = {"rtol": 2e-2, "atol": 2e-3} if case.dtype == torch.bfloat16 else {}
+    if "XLA" in case.kinds():
+        outcomes["XLA"] = of_xla(case, tensors)
+        assert abs(outcomes["XLA"][0] / outcomes["cece"][0] - 1) < 1e-4  # 16-bit logits in float32, too
     for loss, gradient in outcomes.values():
         torch.testing.assert_close(loss, outcomes["eager"][0], **close)
         torch.testing.assert_close(gradient, outcomes["eager"][1], **close)
 
 
+def of_xla(case, tensors):
+    """Its loss and gradient; where it compiles the loss alone, that is the same."""
+    import numpy as np
+
+    both, forward = (case.kinds()[name](case, *tensors) for name in ("XLA", "XLA forward"))
+    for step in both, forward:
+        step.prepare()
+        step.forward()
+    loss, gradient = both.result
+    assert abs(loss - forward.result) <= 1e-6 * abs(loss)
+    assert gradient.dtype.name == str(case.dtype).removeprefix("torch.")
+    gradient = torch.from_numpy(np.array(gradient, dtype=np.float32))
+    both.backward(None)
+    assert both.result is None
+    return torch.tensor(float(loss)), gradient if tensors[0].is_contiguous() else gradient.movedim(-1, 1)
+
+
+def test_every_loss_of_logits_has_a_spelling_in_xla():
+    pytest.importorskip("jax")
+    assert [case.name for case in CASES if not {"XLA", "XLA forward"} <= case.kinds().keys()] == []
+
+
+def test_ahead_of_all_is_a_goal_of_every_case():
+    for case in cases.CASES:
+        goals = harness.goals(case)
+        assert goals["eager"] >= case.must.get("eager", 1) and goals["compile"] >= 1
+        assert ("XLA" in goals) == ("XLA" in case.kinds())
+
+
+def test_rows_of_a_case(monkeypatch):
+    """Another instruction set takes its turns with the rest; who has one program for both passes has no backward."""
+    monkeypatch.delitem(harness.CONTENDERS, "compile")
+    monkeypatch.setattr(harness, "drop_free_memory", lambda: None)
+    other, wrong = (elsewhere.Process(isa, threads=1) for isa in ("DEFAULT", "another"))
+    try:
+        rows = harness.measure(CASES[0], 0, [other])
+        with pytest.raises(RuntimeError, match="run cece with another, it ran with DEFAULT"):
+            monkeypatch.setattr(wrong, "process", other.process)
+            wrong.step(CASES[0]).turn(1)
+    finally:
+        other.end()
+    assert other.process.returncode == 0
+    passes = {}
+    for of in rows:
+        passes.setdefault(of["contender"], []).append(of["pass"])
+        assert 0 < of["median_ms"] < 6e4 and of["rounds"] == 5
+        assert of["bytes"] == (
+            10240 if of["contender"] == "copy" else {"forward": 6144, "both": 17408}.get(of["pass"], 11264)
+        )
+    all_three = {"cece", "cece in place", "eager", "cece DEFAULT"}
+    assert {name for name, of in passes.items() if of == list(harness.PASSES)} == all_three
+    others = {"copy": ["both"], "XLA": ["both"], "XLA forward": ["forward"]}
+    assert all(of == others[name] for name, of in passes.items() if name not in all_three)
+
+
+def test_instruction_sets_are_this_one_and_lesser_ones(monkeypatch):
+    for isa, expected in {"AVX512": ["AVX512", "AVX2"], "AVX2": ["AVX2"], "DEFAULT": ["DEFAULT"]}.items():
+        info = {"cpu_isas": ["AVX512", "AVX2", "DEFAULT"], "cpu_isa": isa}
+        monkeypatch.setattr(cece, "build_info", lambda info=info: info)
+        assert elsewhere.isas() == expected
+
+
+def test_in_cache(monkeypatch, tmp_path):
+    """Every case, in a process of its own."""
+    monkeypatch.setattr(elsewhere, "isas", lambda: ["DEFAULT"])
+    out = tmp_path / "cache-x.json"
+    in_cache.main(["--quick", "--out", str(out)])
+    data = json.loads(out.read_text())
+    names = [case.name for case in in_cache.CASES + in_cache.EMPTY]
+    of = {}
+    for row in data["rows"]:
+        of.setdefault(row["case"], {})[row["isa"], row["pass"]] = row["ns"]
+    assert list(of) == names
+    assert {len(passes) for name, passes in of.items() if "copy" not in name} == {2}
+    assert all(0 < ns < 1e9 for passes in of.values() for ns in passes.values())
+    short, wide = "CE 6000 x 21, bf16", "CE 6000 x 21"
+    assert data["must"][short]["backward"] == 1.2 * of[wide]["DEFAULT", "backward"]
+    assert reports.cache_table(data).count("\n| ") == len(in_cache.CASES) + 1
+
+
+def test_the_least_time_counts(monkeypatch):
+    times = [{"A": {"forward": 3, "backward": 1}}, {"A": {"forward": 2, "backward": 4}}]
+    assert in_cache.least_of(times) == {"A": {"forward": 2, "backward": 1}}
+    calls = []
+    ticks = itertools.accumulate(itertools.cycle([1, 27, 1, 30]))
+    monkeypatch.setattr(in_cache.time, "perf_counter_ns", lambda: next(ticks))
+    assert in_cache.least(lambda: calls.append(1), seconds=0, calls=3) == 9 and len(calls) == 60
+
+
+def test_in_cache_times_are_of_an_element_or_of_an_empty_call(monkeypatch):
+    used = torch.get_num_threads()
+    monkeypatch.setattr(in_cache, "least", lambda call, seconds, calls: 128000.0 * calls)
+    try:
+        times = in_cache.measure(seconds=0)
+    finally:
+        torch.set_num_threads(used)
+    assert times["CE 4 x 32000"] == {"forward": 1, "backward": 1} and times["copy, f32"] == {"forward": 1}
+    assert times["BCE 0 x 1000"] == {"forward": 12.8e6, "backward": 12.8e6}
+
+
+def test_threads(tmp_path):
+    used = torch.get_num_threads()
+    out = tmp_path / "threads-x.json"
+    try:
+        rows = threads.main(["--quick", "--only", "128 x 10", "--out", str(out)])
+    finally:
+        torch.set_num_threads(used)
+    data = json.loads(out.read_text())
+    assert data["threads"][-1] == used and data["rows"] == rows
+    assert {(row["contender"], row["threads"]) for row in rows} == set(
+        itertools.product(("cece", "eager"), data["threads"])
+    )
+    assert "CE 128 x 10" in reports.threads_table(data)
+
+    class Recorder(harness.Step):
+        def __init__(self):
+            self.seen = []
+
+        def prepare(self):
+            self.seen.append(torch.get_num_threads())
+
+        forward, backward = (lambda self: None), (lambda self, loss: None)
+
+    step = threads.on(used + 1, Recorder)()
+    try:
+        step.turn(3)
+    finally:
+        torch.set_num_threads(used)
+    assert step.seen == [used + 1] * 4  # the first is not timed
+    assert [threads.numbers(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert threads.NAMES.keys() <= {case.name for case in CASES}
+
+
 def test_peak_memory_sees_a_gradient_and_what_is_kept_of_it():
     case = harness.Case("a", "cross_entropy", (512, 8192), bench_cross_entropy.labels)  # 16 MiB
     step = harness.CONTENDERS["cece"](case, *case.tensors())
-    harness.turn(step, 2)  # cece now keeps a block of this size
-    peak = harness.peak_memory(step)
+    step.turn(2)  # cece now keeps a block of this size
+    peak = step.peak_memory()
     if peak["both"] is None:
         pytest.skip("no /proc/self/clear_refs")
     assert peak["forward"] < 4 * 2**20 and 15 * 2**20 < peak["both"] < 24 * 2**20
@@ -147,7 +322,7 @@ def run_interrupted(monkeypatch, out, at):
     """The benchmarks with Ctrl-C in case number `at`; what was in the file before each case."""
     seen = []
 
-    def measure(case, seconds):
+    def measure(case, seconds, others):
         seen.append(json.loads(out.read_text()) if out.exists() else None)
         if len(seen) == at:
             raise KeyboardInterrupt
@@ -192,13 +367,20 @@ def test_report_judges_and_is_idempotent(tmp_path, gpu_results):
     assert page.read_text().count("Not yet measured.") == len(reports.SECTIONS)
 
     (results / "cpu-a.json").write_text(json.dumps(CPU))
+    (results / "cache-a.json").write_text(json.dumps(CACHE))
+    (results / "threads-a.json").write_text(json.dumps(THREADS))
     (results / "gpu-b.json").write_text(json.dumps(gpu_results))
     assert reports.report(results, [page], plots=False) == [page]
     assert reports.report(results, [page], plots=False) == []
     text = page.read_text()
     assert "Not yet measured." not in text and text.startswith("a\n") and text.endswith("\nc\n")
     assert "5x (\u2265 5 met)" in text and "2.95x (\u2265 3 **missed**)" in text and "2.5x (\u2264 2.5 met)" in text
-    assert "2 of 3 goals met" in text and "(results/cpu-a.png)" in text
+    assert "0.75x (\u2265 1 **missed**)" in text and "| CE 8 x 4 | 2 | 3 | 1.5x |" in text  # XLA, AVX2
+    assert "torch 2, jax 1, cece 0" in text and "2 of 4 goals met" in text and "(results/cpu-a.png)" in text
+    assert "| A | 4 ms, 1.5x | 2 ms, 0.75x, **eager is ahead** |" in text and "1 of 2 met" in text
+    in_copies = "0.250 (\u2264 0.25 met), 2.5x | 0.300 (\u2264 0.20 **missed**), 3.0x | 0.550, 5.5x"
+    assert f"| A | {in_copies} | 0.500 / 0.600 |" in text and "1 of 3 goals met" in text
+    assert "0.700 (\u2264 0.60 **missed**)" in text and "none 2.5 + 1.5 \u00b5s" in text
     assert "| CE 61 x 4096 | float32 | fast | 0.5 | 6 | 0 % | 1 |" in text
     assert "slow ValueError: at most 65536 | classes" in text and "Not there: liger (No module)" in text
     assert "before BCE: the time was up" in text
@@ -211,11 +393,15 @@ def test_report_judges_and_is_idempotent(tmp_path, gpu_results):
 
 def test_few_rows_name_who_is_ahead(gpu_results):
     times = {"A": {"cece": 2.0, "cece in place": 1.0, "eager": 9.0, "compile": 3.0}, "B": {"cece": 4.0, "compile": 3.0}}
-    table = reports.few(times, {"A": "first", "B": "second", "C": "not measured"}).splitlines()
-    assert table[2:] == [
+    words = {"A": "first", "B": "second", "C": "not measured"}
+    assert reports.few(times, words).splitlines()[2:] == [
         "| first | 9 | 3 | 2 | 4.5x / 1.5x |",
-        "| second |  | 3 | 4 | - / 0.75x, torch.compile is ahead |",
+        "| second | - | 3 | 4 | - / 0.75x, torch.compile is ahead |",
     ]
+    times["B"]["XLA"] = 1.0
+    assert reports.few(times, words).splitlines()[3] == (
+        "| second | - | 3 | 1 | 4 | - / 0.75x / 0.25x, torch.compile is ahead, XLA is ahead |"
+    )
     of_gpu = reports.gpu_few(gpu_results)
     assert "| cross_entropy, 1024 classes | 1 | 1 | 1 | 1x / 1x, fast is ahead |" in of_gpu and "slow" not in of_gpu
 
@@ -233,9 +419,26 @@ def test_bars_are_as_long_as_times():
     ]
 
 
+def test_the_memorys_limit_is_drawn():
+    """A copy moves 200 bytes in 0.8 ms, so 300 take 1.2."""
+    rows = [row("cece", 2.0), row("copy", 0.8), row("cece", 4.0, "large"), row("copy", 0.8, "large")]
+    for of in rows[2:]:
+        of["bytes"] *= 2**20
+    data = CPU | {"rows": rows}
+    assert reports.limit(reports.by_case(rows)["CE 8 x 4"]) == pytest.approx(1.2)
+    lines = [line for line in reports.cpu_light(data).splitlines() if line.endswith(" ms")]
+    assert len(lines) == 1 and lines[0].startswith("large") and lines[0].endswith(" 30 %  of 1.2 ms")
+    assert lines[0].count("\u2588") == 9  # of 32
+    plot = reports.bars({"A": {"cece": 2.0, "limit": 1.0}}, ["A"], {"A": "first"}, width=4)
+    assert plot.splitlines()[2:4] == [
+        "  cece          \u2588\u2588\u2588\u2588 2 ms",
+        "  memory alone  \u2588\u2588 1 ms",
+    ]
+
+
 def test_pages_show_what_was_measured():
     """No figure in README or the benchmark page is by hand: made anew from the JSON files, they are the same."""
-    files = {kind: reports.load(reports.RESULTS, kind) for kind in reports.PLOTS}
+    files = {kind: reports.load(reports.RESULTS, kind) for kind in reports.KINDS}
     assert reports.rewritten(files) == {page: page.read_text() for page in reports.PAGES}
 
 
