@@ -27,7 +27,11 @@ test: $(VENV)/built
 # All timings of one run, as JSON; `make report` then writes README's tables and the plots from every JSON there is.
 bench: $(VENV)/built
 	$(PIP) matplotlib numpy
+	@# XLA takes part where it can be had
+	@$(PIP) jax || true
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.in_cache
+	$(BIN)/python -m benchmarks.threads
 
 report: $(VENV)/built
 	$(PIP) matplotlib numpy

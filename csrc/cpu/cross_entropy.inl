@@ -809,23 +809,32 @@ struct CrossEntropy {
 
   static bool weighs_labels(const Args& a) { return a.reduction == Reduction::mean && !a.probabilities.data; }
 
+  // value(first) + ... + value(last - 1), kSums sums side by side: an addition would wait for the one before it.
+  template <class F>
+  static double sum_of(int64_t first, int64_t last, F&& value) {
+    constexpr int64_t kSums = 8;
+    double sum[kSums] = {}, all = 0;
+    int64_t i = first;
+    for (; i + kSums <= last; i += kSums) {
+      for (int64_t k = 0; k < kSums; k++) sum[k] += value(i + k);
+    }
+    for (int64_t k = 0; i + k < last; k++) sum[k] += value(i + k);
+    for (int64_t k = 0; k < kSums; k++) all += sum[k];
+    return all;
+  }
   static void reduce(const Args& a, double* sums, int64_t begin, int64_t end) {
-    constexpr int64_t kSums = 8;  // side by side: an addition would wait for the one before it
     const A *losses = static_cast<const A*>(a.loss), *mass = static_cast<const A*>(a.stats) + 2 * a.rows.count;
-    const bool weighs = weighs_labels(a);
     for (int64_t task = begin; task < end; task++) {
-      double loss[kSums] = {}, weight[kSums] = {};
-      const int64_t last = std::min((task + 1) * kChunk, a.rows.count);
-      for (int64_t row = task * kChunk; row < last; row++) loss[row % kSums] += losses[row];
-      for (int64_t row = task * kChunk; weighs && row < last; row++) {
-        if (a.label_smoothing == 0) {  // the row's mass is its label's weight
-          weight[row % kSums] += mass[row];
-        } else if (const int64_t y = label(a, row); y >= 0) {
-          weight[row % kSums] += class_weight(a, y);
-        }
-      }
-      sums[2 * task] = sums[2 * task + 1] = 0;
-      for (int64_t k = 0; k < kSums; k++) sums[2 * task] += loss[k], sums[2 * task + 1] += weight[k];
+      const int64_t first = task * kChunk, last = std::min(first + kChunk, a.rows.count);
+      sums[2 * task] = sum_of(first, last, [&](int64_t row) { return losses[row]; });
+      sums[2 * task + 1] = 0;
+      if (!weighs_labels(a)) continue;
+      sums[2 * task + 1] = a.label_smoothing == 0  // the row's mass is its label's weight
+                               ? sum_of(first, last, [&](int64_t row) { return mass[row]; })
+                               : sum_of(first, last, [&](int64_t row) {
+                                   const int64_t y = label(a, row);
+                                   return y >= 0 ? class_weight(a, y) : A(0);
+                                 });
     }
   }
 
