@@ -18,6 +18,7 @@ BCE = torch.ops.cece.binary_cross_entropy_forward.default
 BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
 DIVERGENCE = torch.ops.cece.divergence_forward.default
 DIVERGENCE_BACKWARD = torch.ops.cece.divergence_backward.default
+ACROSS_RANKS = torch.ops.cece.across_ranks.default
 
 # What token_statistics_forward is asked for, its outputs in this order.
 WANTED = {"log_prob": 1, "entropy": 2, "logsumexp": 4, "collision": 8, "argmax": 16}
@@ -279,3 +280,8 @@ def _(info, in_dims, grad, logits, other, mask, stats, temperature, symmetric, o
     logits, other, stats = _classes_second(logits), _classes_second(other), stats.movedim(1, 0)
     out = DIVERGENCE_BACKWARD(grad, logits, other, mask, stats, temperature, symmetric, of_other)
     return out.movedim(1, 2) if out.dim() > 2 else out, 0
+
+
+@torch.library.register_vmap("cece::across_ranks")
+def _(info, in_dims, input, *options):
+    return ACROSS_RANKS(input, *options), in_dims[0]

@@ -79,4 +79,6 @@ TORCH_LIBRARY(cece, m) {
       "bool skip_masked_rows, int chunk_size, bool compact, int wanted, int gradients) -> (Tensor grad_input, "
       "Tensor grad_weight, Tensor grad_bias)",
       tags);
+  // Of a group of processes by its name: the sum of all ranks' tensors, or this one's, and so its gradient (ranks.h).
+  m.def("across_ranks(Tensor input, int ranks, str group, bool sum, bool sum_gradient) -> Tensor", tags);
 }
