@@ -4,12 +4,15 @@ Shapes for tracing are in ``csrc/meta.cpp``, derivatives in ``csrc/autograd``. N
 in plain eager mode.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 CROSS_ENTROPY = torch.ops.cece.cross_entropy_forward.default
 CROSS_ENTROPY_BACKWARD = torch.ops.cece.cross_entropy_backward.default
 TOKEN_STATISTICS = torch.ops.cece.token_statistics_forward.default
+SHARDED_STATISTICS = torch.ops.cece.sharded_statistics_forward.default
 TOKEN_STATISTICS_BACKWARD = torch.ops.cece.token_statistics_backward.default
 LINEAR_CROSS_ENTROPY = torch.ops.cece.linear_cross_entropy.default
 LINEAR_TOKEN_STATISTICS = torch.ops.cece.linear_token_statistics_forward.default
@@ -18,6 +21,7 @@ BCE = torch.ops.cece.binary_cross_entropy_forward.default
 BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
 DIVERGENCE = torch.ops.cece.divergence_forward.default
 DIVERGENCE_BACKWARD = torch.ops.cece.divergence_backward.default
+ACROSS_RANKS = torch.ops.cece.across_ranks.default
 
 # What token_statistics_forward is asked for, its outputs in this order.
 WANTED = {"log_prob": 1, "entropy": 2, "logsumexp": 4, "collision": 8, "argmax": 16}
@@ -109,9 +113,9 @@ def _(info, in_dims, logits, target, weight, reduction, ignore_index, label_smoo
 
 
 @torch.library.register_vmap("cece::cross_entropy_backward")
-def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing):
+def _(info, in_dims, *args):
+    grad, logits, target, weight, stats, total_weight, reduction, *options = args
     size = info.batch_size
-    args = (grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing)
     one = _one(CROSS_ENTROPY_BACKWARD, in_dims, args)
     if size == 0:
         return _nothing(logits, one)
@@ -132,27 +136,29 @@ def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reductio
         stats.movedim(0, 1),
         total_weight.new_empty(()),  # read by a mean alone
         NONE,
-        ignore_index,
-        label_smoothing,
+        *options,
     )
     return out.movedim(1, 2) if out.dim() > 2 else out, 0
 
 
-@torch.library.register_vmap("cece::token_statistics_forward")
-def _(info, in_dims, logits, target, weight, *options):
+def _batched_statistics(op, info, in_dims, logits, target, weight, *options):
     size = info.batch_size
     args = (logits, target, weight, *options)
-    one = _one(TOKEN_STATISTICS, in_dims, args)
+    one = _one(op, in_dims, args)
     if size == 0:
         return _nothing(logits, one)
     if weight is not None and in_dims[2] is not None:
-        return _loop(TOKEN_STATISTICS, size, in_dims, args)
+        return _loop(op, size, in_dims, args)
     logits, target = _batched(size, in_dims[0], logits), _batched(size, in_dims[1], target)
     rows, target = _classes_second(logits), _rows_target(logits, target)
-    *values, stats = TOKEN_STATISTICS(rows, target, weight, *options)
+    *values, stats = op(rows, target, weight, *options)
     # What was not asked for has no rows.
     values = [v if v.shape == stats.shape[1:] else v.new_empty(size, 0) for v in values]
     return (*values, stats.movedim(1, 0)), (0,) * 6
+
+
+for _op in (TOKEN_STATISTICS, SHARDED_STATISTICS):
+    torch.library.register_vmap(_op, functools.partial(_batched_statistics, _op))
 
 
 @torch.library.register_vmap("cece::token_statistics_backward")
@@ -279,3 +285,8 @@ def _(info, in_dims, grad, logits, other, mask, stats, temperature, symmetric, o
     logits, other, stats = _classes_second(logits), _classes_second(other), stats.movedim(1, 0)
     out = DIVERGENCE_BACKWARD(grad, logits, other, mask, stats, temperature, symmetric, of_other)
     return out.movedim(1, 2) if out.dim() > 2 else out, 0
+
+
+@torch.library.register_vmap("cece::across_ranks")
+def _(info, in_dims, input, *options):
+    return ACROSS_RANKS(input, *options), in_dims[0]

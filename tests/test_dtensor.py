@@ -1,26 +1,20 @@
 """DTensors: the loss, its placement and every gradient are those of one process. Real processes, joined by gloo.
 
-This file is also the program of a rank, which runs every case and writes down what went wrong with each.
+This file is also the program of a rank (processes.py).
 """
 
-import datetime
 import functools
-import json
-import os
 import subprocess
 import sys
-import traceback
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
 
 import cece
 
-HERE = Path(__file__).resolve()
 RANKS = 4  # a mesh of 4, and one of 2 x 2
-SECONDS = 240
 REDUCTIONS = ("none", "mean", "sum")
 CE, LOGITS, PROBABILITIES = "cross_entropy", "binary_cross_entropy_with_logits", "binary_cross_entropy"
 
@@ -358,67 +352,20 @@ CHECKS = {name: functools.partial(check_case, case=case) for name, case in CASES
 CHECKS |= {name: check for name, check in globals().items() if name.startswith("check_") and name != "check_case"}
 
 
-def run_rank(directory):
-    import torch.distributed as dist
+def begin():
     from torch.distributed.tensor import init_device_mesh
 
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    meshes = {1: init_device_mesh("cpu", (RANKS,)), 2: init_device_mesh("cpu", (2, RANKS // 2))}
-    results = {}
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            results[name] = check(meshes)
-        except Exception:
-            results[name] = traceback.format_exc()
-            break  # the ranks may be out of step now
-    (Path(directory) / f"{rank}.json").write_text(json.dumps(results))
-    if not any(results.values()):
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def environment(**variables):
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), *sys.path]), **variables}
+    return {1: init_device_mesh("cpu", (RANKS,)), 2: init_device_mesh("cpu", (2, RANKS // 2))}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Case -> what each rank has to say of it, None if all is well."""
-    directory = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(HERE), str(directory)],
-            env=environment(RANK=str(rank)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        said = [p.communicate(timeout=SECONDS)[0] for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    files = [directory / f"{rank}.json" for rank in range(RANKS)]
-    assert all(f.is_file() for f in files), "\n".join(said)
-    return [json.loads(f.read_text()) for f in files]
+    return processes.outcomes_of(__file__, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_every_rank(check, outcomes):
-    for rank, said in enumerate(outcomes):
-        assert check in said, f"rank {rank} failed before: {[k for k, v in said.items() if v]}"
-        assert said[check] is None, f"rank {rank}: {said[check]}"
+    processes.assert_well(check, outcomes)
 
 
 def test_not_imported_for_plain_tensors():
@@ -428,9 +375,11 @@ def test_not_imported_for_plain_tensors():
         "cece.BCEWithLogitsLoss()(torch.rand(3), torch.rand(3)); cece.BCELoss()(torch.rand(3), torch.rand(3));"
         "print([m for m in sys.modules if m.startswith('torch.distributed.tensor')])"
     )
-    out = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=processes.environment(), capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "[]"
 
 
 if __name__ == "__main__":
-    run_rank(sys.argv[1])
+    processes.run_rank(sys.argv[1], RANKS, CHECKS, begin)

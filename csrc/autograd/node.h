@@ -38,17 +38,20 @@ bool all_plain(const Ts&... tensors) {
   return (plain(tensors) && ...);
 }
 
-// A node of the graph, by its rule: `derive` is a function from the call's options, the saved tensors (the first kEdges
-// of which have an edge each) and an incoming gradient to the edges' gradients; `needs` says which of them are asked
-// for. torch's own nodes are made like this; its C++ autograd::Function refuses torch.func.
+// A node of the graph, by its rule: `derive` is a function from the call's options, the saved tensors and an incoming
+// gradient to the edges' gradients; `needs` says which of them are asked for. Of a call's tensors the first kEdges have
+// an edge each, the first kSaved are saved: all of them, but what is linear saves none. torch's own nodes are made like
+// this; its C++ autograd::Function refuses torch.func.
 using Needs = std::vector<bool>;
+template <class Rule>
+using CallTensors = std::array<Tensor, std::max(Rule::kEdges, Rule::kSaved)>;
 
 template <class Rule>
 struct LossNode : torch::autograd::Node {
   using Options = typename Rule::Options;
 
-  LossNode(const Options& options, const std::array<Tensor, Rule::kSaved>& tensors) : options_(options) {
-    for (const Tensor& t : tensors) saved_.emplace_back(t, /*is_output=*/false);
+  LossNode(const Options& options, const CallTensors<Rule>& tensors) : options_(options) {
+    for (size_t i = 0; i < Rule::kSaved; i++) saved_.emplace_back(tensors[i], /*is_output=*/false);
     for (size_t i = 0; i < Rule::kEdges; i++) {
       add_next_edge(tensors[i].defined() ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
     }
@@ -143,7 +146,7 @@ auto make_node(Args&&... args) {
 // outputs: an undefined one is not differentiable.
 template <class Rule>
 void record(std::initializer_list<Tensor> outputs, const typename Rule::Options& options,
-            const std::array<Tensor, Rule::kSaved>& tensors) {
+            const CallTensors<Rule>& tensors) {
   bool wanted = false;
   for (size_t i = 0; i < Rule::kEdges; i++) wanted = wanted || (tensors[i].defined() && tensors[i].requires_grad());
   if (!wanted || !at::GradMode::is_enabled()) return;
