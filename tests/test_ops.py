@@ -96,6 +96,14 @@ OPERATORS = {
         [lambda c=c: binary_backward_args(*c) for c in ELEMENTS],
     ),
     "divergence_forward": (cece_ops.divergence_forward.default, [lambda c=c: divergence_args(*c) for c in PAIRS]),
+    "divergence_merge": (
+        cece_ops.divergence_merge.default,
+        [lambda c=c: (cece_ops.divergence_forward(*divergence_args(*c))[1][None, :7].detach(), 1.5) for c in PAIRS],
+    ),
+    "sharded_divergence_forward": (
+        cece_ops.sharded_divergence_forward.default,
+        [lambda c=c: (*divergence_args(*c)[:-1], 1, "") for c in PAIRS],
+    ),
     "divergence_backward": (
         cece_ops.divergence_backward.default,
         [lambda c=c, i=i: divergence_backward_args(*c, of_other=i % 2 > 0) for i, c in enumerate(PAIRS)],
