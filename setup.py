@@ -315,6 +315,7 @@ def units():
         "csrc/meta.cpp": [],
         "csrc/ops.cpp": [],
         "csrc/ranks.cpp": [],
+        "csrc/shards.cpp": [],
         "csrc/module.cpp": [
             f'-DCECE_VERSION="{VERSION}"',
             f'-DCECE_TORCH="{torch.__version__}"',

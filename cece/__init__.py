@@ -7,6 +7,9 @@ Binary         either: two logits and a label, or one logit and a truth
 ``binary_cross_entropy`` takes *probabilities*: like ``torch.nn.BCELoss`` it applies no sigmoid.
 """
 
+import importlib
+from typing import Any
+
 from . import _load
 from ._load import build_info, empty_cache
 
@@ -75,6 +78,12 @@ __all__ = [
     "softmax_focal_loss",
     "token_statistics",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distributed":  # when it is asked for: it imports torch.distributed
+        return importlib.import_module(".distributed", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

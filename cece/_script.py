@@ -150,9 +150,26 @@ def cross_entropy_with_options(
         if z_loss != 0:
             loss = loss + z_loss * logsumexp.square()
         alive = stats.select(0, 1) > -float("inf") if skip_masked_rows else None
-    soft = target.dim() == input.dim()
+    labels = None if target.dim() == input.dim() else target
+    counts: Tensor | None = None
+    if reduction == 1 and normalizer is None and labels is not None:
+        counts = label_weights(labels, weight, ignore_index, loss.dtype)
+    return of_rows(loss, labels, ignore_index, reduction, token_weight, normalizer, counts, alive)
+
+
+def of_rows(
+    loss: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    token_weight: Tensor | None,
+    normalizer: Tensor | float | None,
+    counts: Tensor | None,
+    alive: Tensor | None,
+) -> Tensor:
+    """The rows' losses weighed and reduced. counts: what a mean divides by is their sum; None: the number of rows."""
     if token_weight is not None:
-        used = None if soft else used_labels(target, ignore_index)
+        used = None if labels is None else used_labels(labels, ignore_index)
         loss = _weighted("cross_entropy", loss, token_weight, used, alive)
     if reduction == 0:
         return loss
@@ -161,10 +178,11 @@ def cross_entropy_with_options(
         return total
     if normalizer is not None:
         return over(total, normalizer)
-    count = torch.ones_like(loss) if soft else label_weights(target, weight, ignore_index, loss.dtype)
+    if counts is None:
+        counts = torch.ones_like(loss)
     if alive is not None:
-        count = torch.where(alive, count, 0)
-    return total / count.sum()
+        counts = torch.where(alive, counts, 0)
+    return total / counts.sum()
 
 
 def over(total: Tensor, normalizer: Tensor | float) -> Tensor:

@@ -5,6 +5,7 @@ Shapes and types of arguments are checked here; what becomes of a chunk is in ``
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ from .ops import LINEAR_CROSS_ENTROPY, LINEAR_TOKEN_STATISTICS, MEAN, NONE, SUM
 from .rows import Asked, TokenStatistics
 
 __all__ = ["LinearCrossEntropyLoss", "linear_cross_entropy", "linear_token_statistics"]
+
+NO_GRADIENTS = 0  # which of them to bring along is the operator's to know
 
 if TYPE_CHECKING or not hasattr(torch.nn, "LinearCrossEntropyLoss"):  # torch < 2.13 has none
     _Base = _WeightedLoss
@@ -212,6 +215,34 @@ def linear_cross_entropy(
                 chunk_size=chunk_size,
             ),
         )
+    if chunk_size is None:
+        chunk_size = getattr(options, "batch_chunk_size", None)
+    return chunked_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, token_weight,
+        normalizer, z_loss, logit_scale, softcap, skip_masked_rows, chunk_size,
+    )  # fmt: skip
+
+
+def chunked_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    token_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
+    skip_masked_rows: bool,
+    chunk_size: int | None,
+    shard: Sequence[Any] = (),
+) -> Tensor:
+    """Of all classes, or of a shard of them: (first_class, all_classes, ranks, group)."""
+    name = "linear_cross_entropy"
     check_tensors(
         name,
         {"input": input, "linear_weight": linear_weight, "target": target},
@@ -237,10 +268,12 @@ def linear_cross_entropy(
         as_float(name, "logit_scale", logit_scale),
         as_positive(name, "softcap", softcap) or 0.0,
         as_bool(name, "skip_masked_rows", skip_masked_rows),
-        _check_chunk_size(name, getattr(options, "batch_chunk_size", None) if chunk_size is None else chunk_size),
+        _check_chunk_size(name, chunk_size),
         call.compact,
         as_float(name, "z_loss", z_loss),
         SUM if normalizer is not None else number,
+        NO_GRADIENTS,
+        *shard,
     )[0]
     if number == NONE:
         return call.shaped(loss)
@@ -307,11 +340,26 @@ def linear_token_statistics(
             ignore_index=ignore_index,
             chunk_size=chunk_size,
         )
+    asked = Asked(name, target, temperature, log_prob, entropy, logsumexp, collision, argmax)
+    return chunked_statistics(input, linear_weight, target, linear_bias, asked, ignore_index, chunk_size)
+
+
+def chunked_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    linear_bias: Tensor | None,
+    asked: Asked,
+    ignore_index: int,
+    chunk_size: int | None,
+    shard: Sequence[Any] = (),
+) -> TokenStatistics:
+    """Of all classes, or of a shard of them, as above."""
+    name = "linear_token_statistics"
     check_tensors(
         name, {"input": input, "linear_weight": linear_weight}, {"target": target, "linear_bias": linear_bias}
     )
-    not_for_dtensors(name, *tensors)
-    asked = Asked(name, target, temperature, log_prob, entropy, logsumexp, collision, argmax)
+    not_for_dtensors(name, input, linear_weight, target, linear_bias)
     call = _Call(name, input, linear_weight, target, linear_bias)
     if call.soft:
         raise RuntimeError(f"cece.{name}: target must be class indices of shape {call.rows}, got {_shape(target)}")
@@ -329,6 +377,7 @@ def linear_token_statistics(
         _check_chunk_size(name, chunk_size),
         call.compact,
         asked.wanted,
+        *shard,
     )
     return TokenStatistics(*(None if v is None else call.shaped(v) for v in asked.named(outputs)))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 CROSS_ENTROPY = torch.ops.cece.cross_entropy_forward.default
 CROSS_ENTROPY_BACKWARD = torch.ops.cece.cross_entropy_backward.default
 TOKEN_STATISTICS = torch.ops.cece.token_statistics_forward.default
+SHARDED_STATISTICS = torch.ops.cece.sharded_statistics_forward.default
 TOKEN_STATISTICS_BACKWARD = torch.ops.cece.token_statistics_backward.default
 LINEAR_CROSS_ENTROPY = torch.ops.cece.linear_cross_entropy.default
 LINEAR_TOKEN_STATISTICS = torch.ops.cece.linear_token_statistics_forward.default
@@ -113,9 +114,9 @@ def _(info, in_dims, logits, target, weight, reduction, ignore_index, label_smoo
 
 
 @torch.library.register_vmap("cece::cross_entropy_backward")
-def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing):
+def _(info, in_dims, *args):
+    grad, logits, target, weight, stats, total_weight, reduction, *options = args
     size = info.batch_size
-    args = (grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing)
     one = _one(CROSS_ENTROPY_BACKWARD, in_dims, args)
     if size == 0:
         return _nothing(logits, one)
@@ -136,27 +137,29 @@ def _(info, in_dims, grad, logits, target, weight, stats, total_weight, reductio
         stats.movedim(0, 1),
         total_weight.new_empty(()),  # read by a mean alone
         NONE,
-        ignore_index,
-        label_smoothing,
+        *options,
     )
     return out.movedim(1, 2) if out.dim() > 2 else out, 0
 
 
-@torch.library.register_vmap("cece::token_statistics_forward")
-def _(info, in_dims, logits, target, weight, *options):
+def _batched_statistics(op, info, in_dims, logits, target, weight, *options):
     size = info.batch_size
     args = (logits, target, weight, *options)
-    one = _one(TOKEN_STATISTICS, in_dims, args)
+    one = _one(op, in_dims, args)
     if size == 0:
         return _nothing(logits, one)
     if weight is not None and in_dims[2] is not None:
-        return _loop(TOKEN_STATISTICS, size, in_dims, args)
+        return _loop(op, size, in_dims, args)
     logits, target = _batched(size, in_dims[0], logits), _batched(size, in_dims[1], target)
     rows, target = _classes_second(logits), _rows_target(logits, target)
-    *values, stats = TOKEN_STATISTICS(rows, target, weight, *options)
+    *values, stats = op(rows, target, weight, *options)
     # What was not asked for has no rows.
     values = [v if v.shape == stats.shape[1:] else v.new_empty(size, 0) for v in values]
     return (*values, stats.movedim(1, 0)), (0,) * 6
+
+
+for _op in (TOKEN_STATISTICS, SHARDED_STATISTICS):
+    torch.library.register_vmap(_op, functools.partial(_batched_statistics, _op))
 
 
 @torch.library.register_vmap("cece::token_statistics_backward")

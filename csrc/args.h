@@ -30,9 +30,10 @@ struct Operand {
 struct CrossEntropyArgs {
   Shape rows;
   int64_t classes;
-  Operand logits;         // rows x classes
-  Operand probabilities;  // rows x classes, or absent: then `labels`
-  const void* labels;     // (rows), contiguous: u8, i32 or i64
+  int64_t first_class, all_classes;  // of a shard, which has some of a row's classes; labels count from the row's first
+  Operand logits;                    // rows x classes
+  Operand probabilities;             // rows x classes, or absent: then `labels`
+  const void* labels;                // (rows), contiguous: u8, i32 or i64
   Dtype label_dtype;
   const void* weight;  // (classes) Acc, or null
   int64_t ignore_index;
@@ -44,6 +45,8 @@ struct CrossEntropyArgs {
   void* reduced;       // () Acc: the mean or sum
   void* total_weight;  // () Acc: what a mean divides by, 1 with reduction none
   int64_t* bad_row;    // CPU: the first row with an impossible label, or rows.count
+  void* parts;         // (part_numbers, rows) Acc: a shard's rows (parts.h), and nothing of the above; or null
+  int part_numbers;
 
   const void* grad_loss;  // Acc: (rows), or () when reduced
   int64_t grad_stride;    // 1 or 0
@@ -80,6 +83,11 @@ struct TokenStatisticsArgs : CrossEntropyArgs {
   void *entropy, *logsumexp, *collision;
   int64_t* argmax;
   const void *grad_entropy, *grad_logsumexp, *grad_collision;  // beside grad_loss, which may be null here
+};
+
+// The rows of all shards from their parts: what TokenStatisticsArgs says of results. Labels are among all classes.
+struct FinishPartsArgs : TokenStatisticsArgs {
+  int64_t ranks;  // parts: (ranks, part_numbers, rows), in the order of their classes
 };
 
 // A truth that is 1 at the listed classes of each row, else 0. Element i of the shape, which is (rows, classes) in

@@ -18,6 +18,8 @@
 #include <tuple>
 
 #include "args.h"
+#include "parts.h"
+#include "ranks.h"
 
 namespace cece {
 
@@ -164,6 +166,22 @@ struct CrossEntropyShapes {
   c10::SymDimVector rows;  // the sizes of a sample's loss
 };
 
+// Which of a row's classes logits are: those from `first` on, of `all`; absent: logits are all of them.
+struct Shard {
+  int64_t first = 0;
+  std::optional<int64_t> all;
+  Ranks ranks;  // that have the others
+
+  auto options() { return std::tie(first, all, ranks.count, ranks.group); }
+};
+// The same as an operator's last arguments.
+#define CECE_SHARD_PARAMETERS \
+  int64_t first_class, std::optional<int64_t> all_classes, int64_t ranks, const std::string &group
+#define CECE_SHARD                             \
+  Shard {                                      \
+    first_class, all_classes, { ranks, group } \
+  }
+
 // Class indices of the rows' shape, or probabilities of the logits'.
 inline void check_target_shape(const Tensor& logits, const Tensor& target, int64_t ignore_index,
                                CrossEntropyShapes& s) {
@@ -199,7 +217,7 @@ inline void check_target_shape(const Tensor& logits, const Tensor& target, int64
 // An undefined target is one that the caller may leave out.
 inline CrossEntropyShapes check_cross_entropy_shapes(const Tensor& logits, const Tensor& target,
                                                      const MaybeTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                     double label_smoothing) {
+                                                     double label_smoothing, const Shard& shard = {}) {
   constexpr const char* op = "cross_entropy";
   check_float(op, "input", logits);
   TORCH_CHECK(logits.dim() >= 1, "cece.cross_entropy: input must have shape (C), (N, C) or (N, C, d1, ...), got ",
@@ -214,6 +232,14 @@ inline CrossEntropyShapes check_cross_entropy_shapes(const Tensor& logits, const
   s.class_dim = logits.dim() == 1 ? 0 : 1;
   for (int64_t d = 0; d < logits.dim(); d++) {
     if (d != s.class_dim) s.rows.push_back(x_sizes[d]);
+  }
+  if (shard.all) {
+    const c10::SymInt all = *shard.all, first = shard.first, here = x_sizes[s.class_dim];
+    TORCH_CHECK_VALUE(all >= 1 && first >= 0 && TORCH_GUARD_OR_TRUE((here + first).sym_le(all)),
+                      "cece.cross_entropy: a shard's classes must be some of all, got ", here, " from ", first,
+                      " on, of ", all);
+    TORCH_CHECK_VALUE(Reduction(reduction) == Reduction::none,
+                      "cece.cross_entropy: the rows of a shard must not be reduced, got reduction ", reduction);
   }
   if (target.defined()) check_target_shape(logits, target, ignore_index, s);
   if (present(weight)) {
@@ -251,13 +277,14 @@ struct CrossEntropyCall {
 
 inline CrossEntropyCall check_cross_entropy(const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                                             int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                            const Tensor* grad_logits = nullptr) {
+                                            const Tensor* grad_logits = nullptr, const Shard& shard = {}) {
   CrossEntropyCall call;
-  call.shapes = check_cross_entropy_shapes(logits, target, weight, reduction, ignore_index, label_smoothing);
+  call.shapes = check_cross_entropy_shapes(logits, target, weight, reduction, ignore_index, label_smoothing, shard);
   const int64_t class_dim = call.shapes.class_dim;
   const bool soft = call.shapes.soft;
   CrossEntropyArgs& a = call.args;
   a.classes = logits.size(class_dim);
+  a.first_class = shard.first, a.all_classes = shard.all.value_or(a.classes);
   a.ignore_index = ignore_index;
   a.label_smoothing = label_smoothing;
   a.reduction = Reduction(reduction);
@@ -347,8 +374,12 @@ struct TokenOptions {
   int64_t ignore_index;
   double label_smoothing, logit_scale, softcap;
   bool skip_masked_rows;
+  Shard shard = {};
 
-  auto all() { return std::tie(ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows); }
+  auto all() {
+    return std::tuple_cat(std::tie(ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows),
+                          shard.options());
+  }
 };
 enum Wanted : int64_t { kLoss = 1, kEntropy = 2, kLogSumExp = 4, kCollision = 8, kArgmax = 16 };
 
@@ -361,11 +392,12 @@ inline CrossEntropyShapes check_token_statistics_shapes(const Tensor& logits, co
                     "cece.cross_entropy: softcap must be a positive, finite number, got ", digits(o.softcap));
   TORCH_CHECK(present(target) || (!present(weight) && o.label_smoothing == 0),
               "cece.cross_entropy: weight and label_smoothing need a target");
-  CrossEntropyShapes s = check_cross_entropy_shapes(logits, present(target) ? *target : Tensor(), weight,
-                                                    int64_t(Reduction::none), o.ignore_index, o.label_smoothing);
+  CrossEntropyShapes s =
+      check_cross_entropy_shapes(logits, present(target) ? *target : Tensor(), weight, int64_t(Reduction::none),
+                                 o.ignore_index, o.label_smoothing, o.shard);
   const auto classes = logits.sym_size(s.class_dim);
-  TORCH_CHECK(!TORCH_GUARD_OR_FALSE(classes.sym_eq(0)), "cece.cross_entropy: input must have at least one class, got ",
-              logits.sym_sizes());
+  TORCH_CHECK(o.shard.all || !TORCH_GUARD_OR_FALSE(classes.sym_eq(0)),
+              "cece.cross_entropy: input must have at least one class, got ", logits.sym_sizes());
   return s;
 }
 
@@ -387,7 +419,7 @@ inline TokenOutputs allocate_token_outputs(const CrossEntropyShapes& s, const Te
 
 using TokenGrads = std::array<MaybeTensor, 4>;  // of loss, entropy, logsumexp, collision
 inline void check_token_grads(const CrossEntropyShapes& s, const Tensor& logits, const MaybeTensor& target,
-                              const TokenGrads& grads, const Tensor& stats) {
+                              const TokenGrads& grads, const Tensor& stats, const TokenOptions& o) {
   for (const MaybeTensor& g : grads) {
     if (!present(g)) continue;
     check_device("token_statistics_backward", "grad", *g, logits);
@@ -395,8 +427,9 @@ inline void check_token_grads(const CrossEntropyShapes& s, const Tensor& logits,
                 g->sym_sizes());
   }
   TORCH_CHECK(!present(grads[0]) || present(target), "cece.token_statistics_backward: grad_loss needs a target");
-  TORCH_CHECK(stats.dim() > 0 && same(stats.sym_size(0), 5) && same(stats.sym_sizes().slice(1), s.rows),
-              "cece.token_statistics_backward: stats must be the forward's, got shape ", stats.sym_sizes());
+  TORCH_CHECK(
+      stats.dim() > 0 && same(stats.sym_size(0), o.shard.all ? 6 : 5) && same(stats.sym_sizes().slice(1), s.rows),
+      "cece.token_statistics_backward: stats must be the forward's, got shape ", stats.sym_sizes());
   check_device("token_statistics_backward", "stats", stats, logits);
 }
 
@@ -404,6 +437,7 @@ struct TokenStatisticsCall {
   TokenStatisticsArgs args;
   CrossEntropyCall rows;  // what the args point at
   std::array<Tensor, 5> held;
+  TokenOptions options;
 };
 inline TokenStatisticsCall check_token_statistics(const Tensor& logits, const MaybeTensor& target,
                                                   const MaybeTensor& weight, const TokenOptions& o,
@@ -412,8 +446,9 @@ inline TokenStatisticsCall check_token_statistics(const Tensor& logits, const Ma
   TokenStatisticsCall call{
       {},
       check_cross_entropy(logits, present(target) ? *target : Tensor(), weight, int64_t(Reduction::none),
-                          o.ignore_index, o.label_smoothing, grad_logits),
-      {}};
+                          o.ignore_index, o.label_smoothing, grad_logits, o.shard),
+      {},
+      o};
   TokenStatisticsArgs& a = call.args;
   static_cast<CrossEntropyArgs&>(a) = call.rows.args;
   a.logit_scale = o.logit_scale, a.softcap = o.softcap, a.skip_masked_rows = o.skip_masked_rows;
@@ -427,7 +462,7 @@ inline void point_at(TokenStatisticsArgs& a, const TokenOutputs& out) {
 }
 inline void point_at(TokenStatisticsCall& call, const MaybeTensor& target, const TokenGrads& grads,
                      const Tensor& stats) {
-  check_token_grads(call.rows.shapes, call.rows.logits, target, grads, stats);
+  check_token_grads(call.rows.shapes, call.rows.logits, target, grads, stats, call.options);
   TokenStatisticsArgs& a = call.args;
   const void** const places[] = {&a.grad_loss, &a.grad_entropy, &a.grad_logsumexp, &a.grad_collision};
   for (size_t i = 0; i < grads.size(); i++) {
@@ -438,6 +473,80 @@ inline void point_at(TokenStatisticsCall& call, const MaybeTensor& target, const
   call.held[4] = contiguous_as(stats, call.rows.shapes.acc);
   a.stats = data_of(call.held[4]);
   a.grad_stride = 1;
+}
+
+// ---- a row in parts (parts.h)
+
+// What a part has of a row, by what is asked for.
+inline int part_numbers(bool full, const MaybeTensor& target, const MaybeTensor& weight, int64_t logits_dim) {
+  const bool weighs_labels = present(weight) && present(target) && target->dim() < logits_dim;
+  return full ? kFullPart : weighs_labels ? kWeightedPart : kPlainPart;
+}
+inline Tensor allocate_parts(const CrossEntropyShapes& s, const Tensor& logits, int numbers) {
+  c10::SymDimVector sizes{numbers};
+  sizes.append(s.rows.begin(), s.rows.end());
+  return at::empty_symint(sizes, logits.options().dtype(s.acc));
+}
+
+inline Tensor point_at_parts(TokenStatisticsCall& call, const MaybeTensor& target, const MaybeTensor& weight,
+                             bool full) {
+  call.args.part_numbers = part_numbers(full, target, weight, call.rows.logits.dim());
+  const Tensor parts = allocate_parts(call.rows.shapes, call.rows.logits, call.args.part_numbers);
+  call.args.parts = room_of(parts);
+  return parts;
+}
+
+// Of parts (ranks, numbers, rows...) and labels, which may be absent.
+inline CrossEntropyShapes check_finish_parts_shapes(const Tensor& parts, const MaybeTensor& labels, int64_t wanted) {
+  constexpr const char* op = "finish_parts";
+  CrossEntropyShapes s;
+  s.acc = parts.scalar_type();
+  TORCH_CHECK(parts.dim() >= 2 && (s.acc == at::kFloat || s.acc == at::kDouble),
+              "cece.finish_parts: parts must be float32 or float64 of shape (ranks, numbers, rows...), got ", s.acc,
+              " of shape ", parts.sym_sizes());
+  const auto numbers = parts.sym_size(1);
+  TORCH_CHECK(numbers == kFullPart || (wanted == kLoss && (numbers == kPlainPart || numbers == kWeightedPart)),
+              "cece.finish_parts: parts must have 8 numbers, or 4 or 5 for no more than the loss, got ", numbers);
+  for (int64_t d = 2; d < parts.dim(); d++) s.rows.push_back(parts.sym_size(d));
+  if (present(labels)) {
+    check_device(op, "target", *labels, parts);
+    TORCH_CHECK(at::isIntegralType(labels->scalar_type(), /*includeBool=*/false) && dtype_of(*labels) &&
+                    same(labels->sym_sizes(), s.rows),
+                "cece.finish_parts: target must be class indices of shape ", c10::SymIntArrayRef(s.rows), ", got ",
+                labels->scalar_type(), " of shape ", labels->sym_sizes());
+  }
+  return s;
+}
+inline TokenOutputs allocate_whole_rows(const CrossEntropyShapes& s, const Tensor& parts, int64_t wanted) {
+  TokenOutputs out = allocate_token_outputs(s, parts, wanted);
+  c10::SymDimVector sizes{parts.sym_size(1) == kFullPart ? c10::SymInt(6) : parts.sym_size(1) - 1};
+  sizes.append(s.rows.begin(), s.rows.end());
+  std::get<5>(out) = at::empty_symint(sizes, parts.options());
+  return out;
+}
+struct FinishPartsCall {
+  FinishPartsArgs args;
+  TokenOutputs out;
+  Tensor parts, labels;  // as the args point at them
+};
+inline FinishPartsCall check_finish_parts(const Tensor& parts, const MaybeTensor& labels, int64_t ignore_index,
+                                          double label_smoothing, bool skip_masked_rows, int64_t all_classes,
+                                          int64_t wanted) {
+  const CrossEntropyShapes shapes = check_finish_parts_shapes(parts, labels, wanted);
+  FinishPartsCall call{{}, allocate_whole_rows(shapes, parts, wanted), parts.contiguous(), {}};
+  FinishPartsArgs& a = call.args;
+  a.rows = {1, {1}, 1};
+  for (const auto& n : shapes.rows) a.rows.count *= n.expect_int();
+  a.rows.size[0] = a.rows.count;
+  a.classes = a.all_classes = all_classes;
+  a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.skip_masked_rows = skip_masked_rows;
+  a.parts = data_of(call.parts), a.part_numbers = int(parts.size(1)), a.ranks = parts.size(0);
+  if (present(labels)) {
+    call.labels = contiguous_as(*labels, labels->scalar_type());
+    a.labels = data_of(call.labels), a.label_dtype = *dtype_of(*labels);
+  }
+  point_at(a, call.out);
+  return call;
 }
 
 // ---- divergences of two rows

@@ -13,74 +13,6 @@ namespace cece {
 
 namespace {
 
-bool by_cross_entropy(const MaybeTensor& target, const TokenOptions& o, int64_t wanted) {
-  return wanted == kLoss && present(target) && o.logit_scale == 1 && o.softcap == 0 && !o.skip_masked_rows;
-}
-Tensor one(const Tensor& stats) { return at::ones({}, stats.options()); }
-
-}  // namespace
-
-TokenOutputs row_forward(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
-                         const TokenOptions& o, int64_t wanted) {
-  if (by_cross_entropy(target, o, wanted)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("cece::cross_entropy_forward", "")
-                               .typed<std::tuple<Tensor, Tensor, Tensor>(
-                                   const Tensor&, const Tensor&, const MaybeTensor&, int64_t, int64_t, double, bool)>();
-    const auto [loss, stats, total] =
-        op.call(logits, *target, weight, int64_t(Reduction::none), o.ignore_index, o.label_smoothing, false);
-    const Tensor none = at::empty({0}, logits.options());
-    return {loss, none, none, none, none, stats};
-  }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cece::token_statistics_forward", "")
-                             .typed<TokenOutputs(const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, double,
-                                                 double, double, bool, int64_t)>();
-  return op.call(logits, target, weight, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap,
-                 o.skip_masked_rows, wanted);
-}
-
-Tensor row_backward(const TokenGrads& g, const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
-                    const Tensor& stats, const TokenOptions& o, int64_t wanted) {
-  if (by_cross_entropy(target, o, wanted)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("cece::cross_entropy_backward", "")
-                               .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
-                                             const Tensor&, const Tensor&, int64_t, int64_t, double)>();
-    return op.call(*g[0], logits, *target, weight, stats, one(stats), int64_t(Reduction::none), o.ignore_index,
-                   o.label_smoothing);
-  }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cece::token_statistics_backward", "")
-                             .typed<Tensor(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                                           const MaybeTensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
-                                           const Tensor&, int64_t, double, double, double, bool)>();
-  return op.call(g[0], g[1], g[2], g[3], logits, target, weight, stats, o.ignore_index, o.label_smoothing,
-                 o.logit_scale, o.softcap, o.skip_masked_rows);
-}
-
-namespace {
-
-// The same, over the logits.
-void row_backward_(const TokenGrads& g, const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
-                   const Tensor& stats, const TokenOptions& o, int64_t wanted) {
-  if (by_cross_entropy(target, o, wanted)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("cece::cross_entropy_backward_", "")
-                               .typed<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
-                                           const Tensor&, const Tensor&, int64_t, int64_t, double)>();
-    return op.call(*g[0], logits, *target, weight, stats, one(stats), int64_t(Reduction::none), o.ignore_index,
-                   o.label_smoothing);
-  }
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("cece::token_statistics_backward_", "")
-          .typed<void(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&,
-                      const MaybeTensor&, const MaybeTensor&, const Tensor&, int64_t, double, double, double, bool)>();
-  op.call(g[0], g[1], g[2], g[3], logits, target, weight, stats, o.ignore_index, o.label_smoothing, o.logit_scale,
-          o.softcap, o.skip_masked_rows);
-}
-
 // ---- chunks
 
 // So many rows a chunk: a fourteenth, which with what the products need beside it is a tenth of the logits, in whole
@@ -106,6 +38,7 @@ struct Linear {
   Tensor rows, used;  // where not all rows count: their numbers, or (N) which do
   int64_t count;      // of rows
   int64_t chunk;
+  Ranks ranks;  // that have the other classes
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 
   Linear(const Tensor& x, const Tensor& linear_weight, const MaybeTensor& linear_bias, const MaybeTensor& t,
@@ -122,10 +55,11 @@ struct Linear {
         cpu(x.is_cpu()),
         narrow(x.scalar_type() != wide),
         block(cpu ? std::max<int64_t>(64, kBlockBytes / (4 * std::max<int64_t>(1, features))) : outputs),
-        count(x.size(0)) {
-    logit_sizes.insert(logit_sizes.begin(), -1);
+        count(x.size(0)),
+        ranks(o.row.shard.ranks) {
+    logit_sizes.insert(logit_sizes.begin(), 0);
     if (is_labels(t, int64_t(logit_sizes.size()))) {
-      if (cpu) check_labels(linear_weight.size(0), o.row.ignore_index);
+      if (cpu) check_labels(o.row.shard.all.value_or(linear_weight.size(0)), o.row.ignore_index);
       used = used_rows(target, o.row.ignore_index);
       if (o.compact) {
         rows = used.nonzero().squeeze(1);
@@ -137,7 +71,9 @@ struct Linear {
         used = Tensor();
       }
     }
-    chunk = o.chunk_size ? o.chunk_size : rows_a_chunk(input.size(0), outputs * int64_t(elementSize(wide)));
+    // Of ranks with shards of any sizes as many chunks: each is an exchange.
+    const int64_t of_rank = o.row.shard.all ? (*o.row.shard.all + ranks.count - 1) / ranks.count : outputs;
+    chunk = o.chunk_size ? o.chunk_size : rows_a_chunk(input.size(0), of_rank * int64_t(elementSize(wide)));
     chunk = std::max<int64_t>(1, std::min(chunk, count));
   }
 
@@ -210,7 +146,9 @@ struct Linear {
         }
       });
     }
-    return out.view(logit_sizes);
+    std::vector<int64_t> sizes = logit_sizes;
+    sizes[0] = x.size(0);
+    return out.view(sizes);
   }
   Tensor buffer() const { return fresh({chunk, outputs}); }
   // Large ones on a CPU are memory that the call before gave back: pages of their own would cost 5 % of the products.
@@ -242,6 +180,7 @@ struct Gradients {
     }
     if (input.defined()) {
       Tensor part = l.rows.defined() ? at::empty({n, l.features}, x.options()) : input.narrow(0, i, n);
+      if (l.outputs == 0) part.zero_();  // an empty shard
       if (l.narrow) {
         l.each_block([&](int64_t c, int64_t k) {
           part.addmm_(g.narrow(1, c, k), l.factor(l.matrix.narrow(0, c, k)), /*beta=*/c > 0 ? 1 : 0);
@@ -253,13 +192,14 @@ struct Gradients {
     }
     if (matrix.defined()) matrix.addmm_(g.t(), x, /*beta=*/i > 0 ? 1 : 0);
   }
-  // In the shapes of what they belong to; empty where not wanted.
+  // In the shapes of what they belong to; empty where not wanted. All ranks have the input: its gradient is their sum.
   LinearGradients all(const Tensor& linear_weight) const {
     const auto sizes = linear_weight.sizes();
     const auto one = [&](const Tensor& t, at::IntArrayRef sizes) {
       return t.defined() ? t.view(sizes) : at::empty({0}, l.input.options().dtype(l.wide));
     };
-    return {one(input, l.input.sizes()), one(matrix, sizes), one(bias, sizes.slice(0, sizes.size() - 1))};
+    return {one(input.defined() ? sum_of_shards(input, l.ranks) : input, l.input.sizes()), one(matrix, sizes),
+            one(bias, sizes.slice(0, sizes.size() - 1))};
   }
 
  private:
@@ -273,8 +213,9 @@ LinearOutputs linear_cross_entropy(const Tensor& input, const Tensor& linear_wei
                                    const Tensor& target, const MaybeTensor& weight, const MaybeTensor& token_weight,
                                    int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
                                    bool skip_masked_rows, int64_t chunk_size, bool compact, double z_loss,
-                                   int64_t reduction, int64_t gradients) {
-  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+                                   int64_t reduction, int64_t gradients, CECE_SHARD_PARAMETERS) {
+  const LinearOptions o{
+      {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, chunk_size, compact};
   if (Reduction(reduction) == Reduction::none) {
     return linear_cross_entropy_by_rows(input, linear_weight, linear_bias, target, weight, token_weight, o, z_loss,
                                         Reduction::none);
@@ -294,7 +235,7 @@ LinearOutputs linear_cross_entropy(const Tensor& input, const Tensor& linear_wei
     l.collect(weighted, i, n, row.weighted(factor));
     l.collect(shares, i, n, row.shares(t, weight));
     if (!gradients) return;
-    row_backward_(row.gradients(row.factor(factor)), logits, t, weight, std::get<5>(rows), o.row, wanted);
+    row_backward_(row.gradients(row.factor(factor)), logits, t, weight, std::get<5>(rows), o.row);
     grads.add(i, x, logits);
   });
   const bool mean = Reduction(reduction) == Reduction::mean;
@@ -307,8 +248,9 @@ TokenOutputs linear_token_statistics_forward(const Tensor& input, const Tensor& 
                                              const MaybeTensor& linear_bias, const MaybeTensor& target,
                                              const MaybeTensor& weight, int64_t ignore_index, double label_smoothing,
                                              double logit_scale, double softcap, bool skip_masked_rows,
-                                             int64_t chunk_size, bool compact, int64_t wanted) {
-  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+                                             int64_t chunk_size, bool compact, int64_t wanted, CECE_SHARD_PARAMETERS) {
+  const LinearOptions o{
+      {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, chunk_size, compact};
   const Linear l(input, linear_weight, linear_bias, target, weight, o);
   const Tensor buffer = l.buffer();
   std::array<Tensor, 6> all;
@@ -336,8 +278,9 @@ LinearGradients linear_token_statistics_backward(const MaybeTensor& grad_loss, c
                                                  const MaybeTensor& weight, const Tensor& stats, int64_t ignore_index,
                                                  double label_smoothing, double logit_scale, double softcap,
                                                  bool skip_masked_rows, int64_t chunk_size, bool compact,
-                                                 int64_t wanted, int64_t gradients) {
-  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+                                                 int64_t wanted, int64_t gradients, CECE_SHARD_PARAMETERS) {
+  const LinearOptions o{
+      {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, chunk_size, compact};
   const Linear l(input, linear_weight, linear_bias, target, weight, o);
   const Gradients grads(l, gradients);
   const Tensor buffer = l.buffer();
@@ -345,7 +288,7 @@ LinearGradients linear_token_statistics_backward(const MaybeTensor& grad_loss, c
     const Tensor x = l.take_input(i, n), logits = l.logits(x, buffer);
     row_backward_({l.take(grad_loss, i, n), l.take(grad_entropy, i, n), l.take(grad_logsumexp, i, n),
                    l.take(grad_collision, i, n)},
-                  logits, l.take(target, i, n), weight, l.take(stats, i, n, /*dim=*/1), o.row, wanted);
+                  logits, l.take(target, i, n), weight, l.take(stats, i, n, /*dim=*/1), o.row);
     grads.add(i, x, logits);
   });
   const auto [x, w, b] = grads.all(linear_weight);
@@ -372,8 +315,10 @@ LinearOutputs linear_cross_entropy_meta(const Tensor& input, const Tensor& linea
                                         const MaybeTensor& linear_bias, const Tensor& target, const MaybeTensor& weight,
                                         const MaybeTensor& token_weight, int64_t ignore_index, double label_smoothing,
                                         double logit_scale, double softcap, bool skip_masked_rows, int64_t chunk_size,
-                                        bool compact, double z_loss, int64_t reduction, int64_t gradients) {
-  const LinearOptions o{{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, chunk_size, compact};
+                                        bool compact, double z_loss, int64_t reduction, int64_t gradients,
+                                        CECE_SHARD_PARAMETERS) {
+  const LinearOptions o{
+      {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, chunk_size, compact};
   if (Reduction(reduction) == Reduction::none) {
     return linear_cross_entropy_by_rows(input, linear_weight, linear_bias, target, weight, token_weight, o, z_loss,
                                         Reduction::none);
@@ -386,17 +331,18 @@ LinearOutputs linear_cross_entropy_meta(const Tensor& input, const Tensor& linea
 TokenOutputs linear_token_statistics_forward_meta(const Tensor& input, const Tensor& linear_weight, const MaybeTensor&,
                                                   const MaybeTensor& target, const MaybeTensor& weight,
                                                   int64_t ignore_index, double label_smoothing, double logit_scale,
-                                                  double softcap, bool skip_masked_rows, int64_t, bool,
-                                                  int64_t wanted) {
+                                                  double softcap, bool skip_masked_rows, int64_t, bool, int64_t wanted,
+                                                  CECE_SHARD_PARAMETERS) {
   return row_forward(meta_logits(input, linear_weight), target, weight,
-                     {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, wanted);
+                     {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, wanted);
 }
 LinearGradients linear_token_statistics_backward_meta(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                                                       const MaybeTensor&, const Tensor& input,
                                                       const Tensor& linear_weight, const MaybeTensor&,
                                                       const MaybeTensor&, const MaybeTensor&, const Tensor&, int64_t,
                                                       double, double, double, bool, int64_t, bool, int64_t,
-                                                      int64_t gradients) {
+                                                      int64_t gradients, int64_t, std::optional<int64_t>, int64_t,
+                                                      const std::string&) {
   return meta_gradients(input, linear_weight, gradients, input.scalar_type());
 }
 
@@ -409,10 +355,12 @@ TokenOutputs call_linear_rows(const Tensor& x, const Tensor& linear_weight, cons
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("cece::linear_token_statistics_forward", "")
           .typed<TokenOutputs(const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                              int64_t, double, double, double, bool, int64_t, bool, int64_t)>();
+                              int64_t, double, double, double, bool, int64_t, bool, int64_t, int64_t,
+                              std::optional<int64_t>, int64_t, const std::string&)>();
   const TokenOptions& r = o.row;
   return op.call(x, linear_weight, linear_bias, target, weight, r.ignore_index, r.label_smoothing, r.logit_scale,
-                 r.softcap, r.skip_masked_rows, o.chunk_size, o.compact, wanted);
+                 r.softcap, r.skip_masked_rows, o.chunk_size, o.compact, wanted, r.shard.first, r.shard.all,
+                 r.shard.ranks.count, r.shard.ranks.group);
 }
 
 LinearOutputs linear_cross_entropy_by_rows(const Tensor& x, const Tensor& linear_weight, const MaybeTensor& linear_bias,

@@ -5,7 +5,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
-#include "check.h"
+#include "row_operators.h"
 
 namespace cece {
 
@@ -34,17 +34,12 @@ inline Tensor used_rows(const Tensor& labels, int64_t ignore_index) {
   return used.dim() > 1 ? used.flatten(1).any(1) : used;
 }
 
-// The row operators: cross_entropy's where they do, token_statistics' where they do not.
-TokenOutputs row_forward(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
-                         const TokenOptions& o, int64_t wanted);
-Tensor row_backward(const TokenGrads& g, const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight,
-                    const Tensor& stats, const TokenOptions& o, int64_t wanted);
-
 // A row's share of linear_cross_entropy: (loss + z_loss lse^2) token_weight, and what a mean divides by. Rows that do
 // not count have statistics of 0.
 struct RowLoss {
   double z_loss;
   Tensor loss, lse, used;  // used: undefined where all rows are
+  Tensor label_weight;     // of a shard's rows: the label may be another's
 
   static int64_t wanted(double z_loss) { return z_loss == 0 ? kLoss : kLoss | kLogSumExp; }
 
@@ -55,6 +50,7 @@ struct RowLoss {
       const Tensor alive = std::get<5>(rows).select(0, 1) > -std::numeric_limits<double>::infinity();
       used = used.defined() ? used.logical_and(alive) : alive;
     }
+    if (o.shard.all) label_weight = std::get<5>(rows)[-1];
     if (z_loss == 0) return;
     lse = std::get<2>(rows);
     loss = loss + z_loss * lse.square();
@@ -76,7 +72,10 @@ struct RowLoss {
   }
   Tensor shares(const Tensor& target, const MaybeTensor& weight) const {
     Tensor share = at::ones_like(loss);
-    if (present(weight) && is_labels(target, loss.dim() + 1)) {
+    if (!present(weight) || !is_labels(target, loss.dim() + 1)) {
+    } else if (label_weight.defined()) {
+      share = label_weight;
+    } else {
       // A label out of range, whose loss is NaN on CUDA, must not stop the process here.
       const Tensor label = target.to(at::kLong).clamp(0, weight->size(0) - 1);
       share = weight->to(loss.scalar_type()).index({label});

@@ -303,6 +303,26 @@ struct Moments : LogSumExp<T> {
   CECE_HD T spread() const { return (rest * (T(2) + rest) - square) / ((T(1) + rest) * (T(1) + rest)); }
 };
 
+// A part of a row's classes: what it adds to the row's sums. `argmax` is the first of its largest, kNowhere where all
+// are -inf or NaN; `merge` is with a part of classes behind this one's, or, with classes in turn, beside them.
+template <class T>
+struct RowPart {
+  Moments<T> sums;
+  TargetGaps<T> target;
+  int64_t argmax = kNowhere;
+  static constexpr int64_t kNowhere = INT64_MAX;
+
+  CECE_HD void merge(const RowPart& o) {
+    const T max = greatest(o.sums.max, sums.max);
+    TargetGaps<T> part = o.target;
+    part.rebase(o.sums.max, max);
+    target.rebase(sums.max, max);
+    target = {target.gaps + part.gaps, target.mass + part.mass};
+    if (o.sums.max > sums.max || (o.sums.max == sums.max && o.argmax < argmax)) argmax = o.argmax;
+    sums.merge(o.sums);
+  }
+};
+
 // Their derivatives: each is p_j times one of these, for incoming gradients of 1
 //   logsumexp 1       entropy u_j - E       collision 2 (p_j - sum_k p_k^2)
 // p_j - sum p^2 from two small numbers where p_j is nearly all there is.

@@ -9,33 +9,12 @@
 namespace cece {
 namespace {
 
-using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor>;
-
-ForwardOutputs call_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, const Options& o) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("cece::cross_entropy_forward", "")
-          .typed<ForwardOutputs(const Tensor&, const Tensor&, const MaybeTensor&, int64_t, int64_t, double, bool)>();
-  return op.call(x, t, w, o.reduction, o.ignore_index, o.label_smoothing, o.inplace);
-}
-Tensor call_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const MaybeTensor& w, const Tensor& stats,
-                     const Tensor& total, const Options& o) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cece::cross_entropy_backward", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
-                                           const Tensor&, const Tensor&, int64_t, int64_t, double)>();
-  return op.call(grad, x, t, w, stats, total, o.reduction, o.ignore_index, o.label_smoothing);
-}
 // The gradient in the logits' own memory. Autograd learns of it through the version counter: whoever else saved
 // the logits, a second backward included, gets torch's error instead of wrong numbers.
-Tensor overwrite_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const MaybeTensor& w,
-                          const Tensor& stats, const Tensor& total, const Options& o) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cece::cross_entropy_backward_", "")
-                             .typed<void(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
-                                         const Tensor&, int64_t, int64_t, double)>();
+Tensor overwrite_backward(const Tensor& g, const Tensor& x, const Tensor& t, const MaybeTensor& w, const Tensor& stats,
+                          const Tensor& total, const RowOptions& o) {
   at::AutoDispatchBelowADInplaceOrView below;
-  op.call(grad, x, t, w, stats, total, o.reduction, o.ignore_index, o.label_smoothing);
+  call_backward_(g, x, t, w, stats, total, o);
   torch::autograd::impl::bump_version(x);
   return x.detach();
 }
@@ -107,7 +86,7 @@ bool may_overwrite(const Tensor& grad, const Tensors& saved) {
 }
 
 struct CrossEntropyBackward {
-  using Options = cece::Options;
+  using Options = RowOptions;
   static constexpr const char* kName = "CrossEntropyBackward";
   static constexpr size_t kEdges = 3, kSaved = 5;  // logits, target, weight; stats, total_weight
 
@@ -124,22 +103,23 @@ struct CrossEntropyBackward {
     }
     if (needs[0]) {
       const bool overwrite = o.inplace && may_overwrite(g, saved);
-      out[0] = (overwrite ? overwrite_backward : call_backward)(g, x, t, maybe(w), stats, total, o);
+      out[0] = overwrite ? overwrite_backward(g, x, t, maybe(w), stats, total, o)
+                         : call_backward(g, x, t, maybe(w), stats, total, o);
     }
     return out;
   }
 };
 
-ForwardOutputs cross_entropy_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, int64_t reduction,
-                                     int64_t ignore_index, double label_smoothing, bool inplace) {
+CrossEntropyTuple cross_entropy_forward(const Tensor& x, const Tensor& t, const MaybeTensor& w, int64_t reduction,
+                                        int64_t ignore_index, double label_smoothing, bool inplace) {
   // A wrapper may answer for a device that its own mechanism does not hold us to.
   if (!all_plain(x, t, get(w))) check_cross_entropy_shapes(x, t, w, reduction, ignore_index, label_smoothing);
   if (inplace) check_inplace(x);
   // A tensor that is saved through hooks (activation checkpointing, save_on_cpu) comes back without autograd's check
   // that it is still what was saved: nobody else who saved the logits would notice that they were overwritten.
   inplace = inplace && !at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value();
-  const Options o{reduction, ignore_index, label_smoothing, inplace};
-  ForwardOutputs out;
+  const RowOptions o{reduction, ignore_index, label_smoothing, inplace};
+  CrossEntropyTuple out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
     out = call_forward(x, t, w, o);
@@ -162,7 +142,7 @@ ForwardOutputs cross_entropy_forward(const Tensor& x, const Tensor& t, const May
 }
 
 struct CrossEntropyBackwardBackward {
-  using Options = cece::Options;
+  using Options = RowOptions;
   static constexpr const char* kName = "CrossEntropyBackwardBackward";
   static constexpr size_t kEdges = 4, kSaved = 6;  // grad, logits, target, weight; stats, total_weight
 
@@ -184,8 +164,8 @@ struct CrossEntropyBackwardBackward {
 
 Tensor cross_entropy_backward(const Tensor& g, const Tensor& x, const Tensor& t, const MaybeTensor& w,
                               const Tensor& stats, const Tensor& total, int64_t reduction, int64_t ignore_index,
-                              double label_smoothing) {
-  const Options o{reduction, ignore_index, label_smoothing};
+                              double label_smoothing, CECE_SHARD_PARAMETERS) {
+  const RowOptions o{reduction, ignore_index, label_smoothing, false, CECE_SHARD};
   Tensor grad;
   {
     at::AutoDispatchBelowADInplaceOrView below;

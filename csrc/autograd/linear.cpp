@@ -23,24 +23,28 @@ struct LinearCall {
   int64_t wanted;  // of a row
   int64_t reduction;
   bool hooks;  // saved through hooks, whose owner may keep the very tensors
+  Shard shard = {};
 
   auto all() {
-    return std::tie(ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, chunk_size, compact, z_loss,
-                    wanted, reduction, hooks);
+    return std::tuple_cat(std::tie(ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, chunk_size,
+                                   compact, z_loss, wanted, reduction, hooks),
+                          shard.options());
   }
-  TokenOptions row() const { return {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}; }
+  TokenOptions row() const { return {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, shard}; }
   LinearOptions linear() const { return {row(), chunk_size, compact}; }
 };
 
 LinearOutputs call_sum(const Tensor& x, const Tensor& lw, const MaybeTensor& lb, const Tensor& t, const MaybeTensor& w,
                        const MaybeTensor& rw, const LinearCall& o, int64_t gradients) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cece::linear_cross_entropy", "")
-                             .typed<LinearOutputs(const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&,
-                                                  const MaybeTensor&, const MaybeTensor&, int64_t, double, double,
-                                                  double, bool, int64_t, bool, double, int64_t, int64_t)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("cece::linear_cross_entropy", "")
+          .typed<LinearOutputs(const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const MaybeTensor&,
+                               const MaybeTensor&, int64_t, double, double, double, bool, int64_t, bool, double,
+                               int64_t, int64_t, int64_t, std::optional<int64_t>, int64_t, const std::string&)>();
   return op.call(x, lw, lb, t, w, rw, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap, o.skip_masked_rows,
-                 o.chunk_size, o.compact, o.z_loss, o.reduction, gradients);
+                 o.chunk_size, o.compact, o.z_loss, o.reduction, gradients, o.shard.first, o.shard.all,
+                 o.shard.ranks.count, o.shard.ranks.group);
 }
 LinearGradients call_rows_backward(const TokenGrads& g, const Tensor& x, const Tensor& lw, const MaybeTensor& lb,
                                    const MaybeTensor& t, const MaybeTensor& w, const Tensor& stats, const LinearCall& o,
@@ -51,9 +55,11 @@ LinearGradients call_rows_backward(const TokenGrads& g, const Tensor& x, const T
           .typed<LinearGradients(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                                  const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
                                  const MaybeTensor&, const Tensor&, int64_t, double, double, double, bool, int64_t,
-                                 bool, int64_t, int64_t)>();
+                                 bool, int64_t, int64_t, int64_t, std::optional<int64_t>, int64_t,
+                                 const std::string&)>();
   return op.call(g[0], g[1], g[2], g[3], x, lw, lb, t, w, stats, o.ignore_index, o.label_smoothing, o.logit_scale,
-                 o.softcap, o.skip_masked_rows, o.chunk_size, o.compact, o.wanted, gradients);
+                 o.softcap, o.skip_masked_rows, o.chunk_size, o.compact, o.wanted, gradients, o.shard.first,
+                 o.shard.all, o.shard.ranks.count, o.shard.ranks.group);
 }
 
 // ---- in plain operators, at least float32 all along
@@ -61,9 +67,10 @@ LinearGradients call_rows_backward(const TokenGrads& g, const Tensor& x, const T
 class Plain {
  public:
   Plain(const Tensor& input, const Tensor& linear_weight, const MaybeTensor& linear_bias, const MaybeTensor& target,
-        int64_t ignore_index)
+        int64_t ignore_index, const Ranks& ranks)
       : wide_(acc_type({&input})),
-        x_(input.to(wide_)),
+        ranks_(ranks),
+        x_(copy_to_shards(input, ranks).to(wide_)),
         matrix_(linear_weight.flatten(0, -2).to(wide_)),
         sizes_(linear_logits_sizes(input, linear_weight)) {
     if (is_labels(target, linear_weight.dim())) {
@@ -83,7 +90,7 @@ class Plain {
     if (needs[0]) {
       Tensor grad = g.matmul(matrix_);
       if (ignored_.defined()) grad = grad.masked_fill(ignored_, 0);
-      out[0] = grad.to(input.scalar_type());
+      out[0] = sum_of_shards(grad, ranks_).to(input.scalar_type());
     }
     if (needs[1]) out[1] = g.t().matmul(x_).reshape_symint(linear_weight.sym_sizes()).to(linear_weight.scalar_type());
     if (needs[2]) out[2] = g.sum(0).reshape_symint(linear_bias.sym_sizes()).to(linear_bias.scalar_type());
@@ -93,6 +100,7 @@ class Plain {
  private:
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
   at::ScalarType wide_;
+  Ranks ranks_;
   Tensor x_, matrix_;
   c10::SymDimVector sizes_;
   Tensor ignored_, logits_;
@@ -137,12 +145,12 @@ struct LinearCrossEntropyBackward {
   }
   static variable_list differentiably(const LinearCall& o, const Needs& needs, const Tensors& saved, const Tensor& g) {
     const Tensor &x = saved[0], &lw = saved[1], &lb = saved[2], &rw = saved[3], &t = saved[4], &w = saved[5];
-    const Plain p(x, lw, maybe(lb), t, o.ignore_index);
+    const Plain p(x, lw, maybe(lb), t, o.ignore_index, o.shard.ranks);
     const TokenOutputs rows = row_forward(p.logits(), t, maybe(w), o.row(), o.wanted);
     const RowLoss row(rows, t, o.row(), o.z_loss);
     const Tensor s = g / saved[7];
-    const Tensor slope = row_backward(row.gradients(row.factor(maybe(rw)) * s), p.logits(), t, maybe(w),
-                                      std::get<5>(rows), o.row(), o.wanted);
+    const Tensor slope =
+        row_backward(row.gradients(row.factor(maybe(rw)) * s), p.logits(), t, maybe(w), std::get<5>(rows), o.row());
     variable_list out = p.gradients(slope, needs, x, lw, lb);
     out.push_back(needs[3] ? (row.loss * s).to(rw.scalar_type()) : Tensor());
     return out;
@@ -153,10 +161,10 @@ LinearOutputs linear_cross_entropy(const Tensor& x, const Tensor& lw, const Mayb
                                    const MaybeTensor& w, const MaybeTensor& rw, int64_t ignore_index,
                                    double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
                                    int64_t chunk_size, bool compact, double z_loss, int64_t reduction,
-                                   int64_t gradients) {
+                                   int64_t gradients, CECE_SHARD_PARAMETERS) {
   const bool hooks = at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value();
   const LinearCall o{ignore_index, label_smoothing,         logit_scale, softcap, skip_masked_rows, chunk_size, compact,
-                     z_loss,       RowLoss::wanted(z_loss), reduction,   hooks};
+                     z_loss,       RowLoss::wanted(z_loss), reduction,   hooks,   CECE_SHARD};
   if (reduction == kNone || needs_plain(x, lw, get(lb), t, get(w), get(rw)) || differentiable(t) ||
       differentiable(get(w))) {
     return linear_cross_entropy_by_rows(x, lw, lb, t, w, rw, o.linear(), z_loss, Reduction(reduction));
@@ -194,11 +202,13 @@ struct LinearTokenStatisticsBackward {
 TokenOutputs linear_token_statistics_forward(const Tensor& x, const Tensor& lw, const MaybeTensor& lb,
                                              const MaybeTensor& t, const MaybeTensor& w, int64_t ignore_index,
                                              double label_smoothing, double logit_scale, double softcap,
-                                             bool skip_masked_rows, int64_t chunk_size, bool compact, int64_t wanted) {
-  const LinearCall o{
-      ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, chunk_size, compact, 0, wanted, 0, false};
+                                             bool skip_masked_rows, int64_t chunk_size, bool compact, int64_t wanted,
+                                             CECE_SHARD_PARAMETERS) {
+  const LinearCall o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows,
+                     chunk_size,   compact,         0,           wanted,  0,
+                     false,        CECE_SHARD};
   if (needs_plain(x, lw, get(lb), get(t), get(w)) || differentiable(get(t)) || differentiable(get(w))) {
-    return row_forward(Plain(x, lw, lb, t, ignore_index).logits(), t, w, o.row(), wanted);
+    return row_forward(Plain(x, lw, lb, t, ignore_index, o.shard.ranks).logits(), t, w, o.row(), wanted);
   }
   TokenOutputs out;
   {
@@ -219,15 +229,17 @@ LinearGradients linear_token_statistics_backward(const MaybeTensor& grad_loss, c
                                                  const MaybeTensor& t, const MaybeTensor& w, const Tensor& stats,
                                                  int64_t ignore_index, double label_smoothing, double logit_scale,
                                                  double softcap, bool skip_masked_rows, int64_t chunk_size,
-                                                 bool compact, int64_t wanted, int64_t gradients) {
-  const LinearCall o{
-      ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, chunk_size, compact, 0, wanted, 0, false};
+                                                 bool compact, int64_t wanted, int64_t gradients,
+                                                 CECE_SHARD_PARAMETERS) {
+  const LinearCall o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows,
+                     chunk_size,   compact,         0,           wanted,  0,
+                     false,        CECE_SHARD};
   const TokenGrads g{grad_loss, grad_entropy, grad_logsumexp, grad_collision};
   const std::array<Tensor, 9> all{
       get(grad_loss), get(grad_entropy), get(grad_logsumexp), get(grad_collision), x, lw, get(lb), get(t), get(w)};
   if (std::any_of(all.begin(), all.end(), [](const Tensor& a) { return needs_plain(a) || differentiable(a); })) {
-    const Plain p(x, lw, lb, t, ignore_index);
-    const Tensor slope = row_backward(g, p.logits(), t, w, stats, o.row(), wanted);
+    const Plain p(x, lw, lb, t, ignore_index, o.shard.ranks);
+    const Tensor slope = row_backward(g, p.logits(), t, w, stats, o.row());
     const Needs needs{bool(gradients & 1), bool(gradients & 2), bool(gradients & 4)};
     variable_list out = p.gradients(slope, needs, x, lw, get(lb));
     for (Tensor& a : out) {

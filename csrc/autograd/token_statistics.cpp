@@ -6,25 +6,6 @@
 namespace cece {
 namespace {
 
-TokenOutputs call_forward(const Tensor& x, const MaybeTensor& t, const MaybeTensor& w, const TokenOptions& o,
-                          int64_t wanted) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cece::token_statistics_forward", "")
-                             .typed<TokenOutputs(const Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, double,
-                                                 double, double, bool, int64_t)>();
-  return op.call(x, t, w, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap, o.skip_masked_rows, wanted);
-}
-Tensor call_backward(const TokenGrads& g, const Tensor& x, const MaybeTensor& t, const MaybeTensor& w,
-                     const Tensor& stats, const TokenOptions& o) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cece::token_statistics_backward", "")
-                             .typed<Tensor(const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                                           const MaybeTensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&,
-                                           const Tensor&, int64_t, double, double, double, bool)>();
-  return op.call(g[0], g[1], g[2], g[3], x, t, w, stats, o.ignore_index, o.label_smoothing, o.logit_scale, o.softcap,
-                 o.skip_masked_rows);
-}
-
 // z = the logits as they are used; the rows' formulas are in z. The four statistics are loss, entropy, logsumexp and
 // collision, in this order.
 struct TokenFormulas {
@@ -34,18 +15,15 @@ struct TokenFormulas {
   RowFormulas rows;
 
   TokenFormulas(const Tensor& x, const Tensor& t, const Tensor& w, const Tensor& stats, const TokenOptions& o)
-      : x(x),
-        w(w),
-        stats(stats),
-        t(maybe(t)),
-        o(o),
-        rows(x, t, w, stats, Tensor(), {kNone, o.ignore_index, o.label_smoothing}) {
+      : x(x), w(w), stats(stats), t(maybe(t)), o(o), rows(x, t, w, stats, Tensor(), without_reduction(o)) {
+    if (o.skip_masked_rows) rows.stats = stats.masked_fill(masked(), 0);
     rows.x = transformed();
   }
+  Tensor masked() const { return stats.select(0, 1) == -std::numeric_limits<double>::infinity(); }
   // 0 for ignored and, where they count as ignored, masked rows.
   Tensor used(const Tensor& a) const {
     const Tensor b = rows.used(a);
-    return o.skip_masked_rows ? b.masked_fill(rows.of_rows(1) == -std::numeric_limits<double>::infinity(), 0) : b;
+    return o.skip_masked_rows ? b.masked_fill(masked().unsqueeze(rows.dim), 0) : b;
   }
   Tensor scaled() const { return used(x).to(rows.acc) * o.logit_scale; }
   Tensor transformed() const { return o.softcap > 0 ? o.softcap * (scaled() / o.softcap).tanh() : scaled(); }
@@ -62,33 +40,33 @@ struct TokenFormulas {
   }
 
   // The gradient of the statistics, weighted by g, in logits of the type sums are formed in.
-  Tensor gradient(const TokenGrads& g) const { return call_backward(g, x.to(rows.acc), t, maybe(w), stats, o); }
+  Tensor gradient(const TokenGrads& g) const { return row_backward(g, x.to(rows.acc), t, maybe(w), stats, o); }
   Tensor along(int64_t which, const Tensor& v) const {
     TokenGrads ones;
     ones[which] = at::ones_like(stats.select(0, 0));
-    return (gradient(ones) * used(v)).sum(rows.dim);
+    return rows.sum_of(gradient(ones) * used(v));
   }
 
   // What that gradient changes by along a change v of the logits. Symmetric, so it is also the gradient of (gradient .
   // v).
   Tensor along_x(const TokenGrads& g, const Tensor& v) const {
-    const auto row = [&](int64_t i) { return used(g[i]->unsqueeze(rows.dim)); };
-    const Tensor dz = slope(v), p = rows.softmax(), dp = p * (dz - (p * dz).sum(rows.dim, true));
+    const auto row = [&](int64_t i) { return used(rows.row(*g[i])); };
+    const Tensor dz = slope(v), p = rows.softmax(), mean_dz = rows.sum(p * dz), dp = p * (dz - mean_dz);
     Tensor d;
     if (present(g[0])) d = plus(d, rows.along_x(row(0), dz));
     if (present(g[1])) {  // p (n - H), n = -log p, whose own change is sum(p dz) - dz
-      const Tensor n = rows.minus_log_softmax(), h = times(p, n).sum(rows.dim, true);
-      const Tensor dn = (p * dz).sum(rows.dim, true) - dz, dh = times(dp, n).sum(rows.dim, true);
+      const Tensor n = rows.minus_log_softmax(), h = rows.sum(times(p, n));
+      const Tensor dn = mean_dz - dz, dh = rows.sum(times(dp, n));
       d = plus(d, row(1) * (times(dp, n - h) + p * (dn - dh)));
     }
     if (present(g[2])) d = plus(d, row(2) * dp);
     if (present(g[3])) {  // 2 p (p - sum p^2)
-      const Tensor s = p.square().sum(rows.dim, true), ds = 2 * (p * dp).sum(rows.dim, true);
+      const Tensor s = rows.sum(p.square()), ds = 2 * rows.sum(p * dp);
       d = plus(d, 2 * row(3) * (dp * (p - s) + p * (dp - ds)));
     }
     d = slope(d);
     if (o.softcap <= 0) return d;
-    const TokenOptions plain{o.ignore_index, o.label_smoothing, 1, 0, o.skip_masked_rows};
+    const TokenOptions plain{o.ignore_index, o.label_smoothing, 1, 0, o.skip_masked_rows, o.shard};
     return d + call_backward(g, rows.x, t, maybe(w), stats, plain) * curvature() * used(v);
   }
 };
@@ -102,12 +80,12 @@ struct TokenStatisticsBackward {
     const Tensor &x = saved[0], &t = saved[1], &w = saved[2], &stats = saved[3];
     variable_list out(kEdges);
     if (needs[0]) {
-      out[0] = call_backward({maybe(grads[0]), maybe(grads[1]), maybe(grads[2]), maybe(grads[3])}, x, maybe(t),
-                             maybe(w), stats, o);
+      out[0] = row_backward({maybe(grads[0]), maybe(grads[1]), maybe(grads[2]), maybe(grads[3])}, x, maybe(t), maybe(w),
+                            stats, o);
     }
     if ((needs[1] || needs[2]) && grads[0].defined()) {
       const TokenFormulas f(x, t, w, stats, o);
-      const Tensor g = f.used(grads[0].unsqueeze(f.rows.dim));
+      const Tensor g = f.used(f.rows.row(grads[0]));
       if (needs[1]) out[1] = like(g * f.rows.target_slope(), t);
       if (needs[2]) {
         f.rows.check_weight_slope();
@@ -118,15 +96,13 @@ struct TokenStatisticsBackward {
   }
 };
 
-TokenOutputs token_statistics_forward(const Tensor& x, const MaybeTensor& t, const MaybeTensor& w, int64_t ignore_index,
-                                      double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
-                                      int64_t wanted) {
-  const TokenOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
+TokenOutputs forward(const Tensor& x, const MaybeTensor& t, const MaybeTensor& w, const TokenOptions& o,
+                     int64_t wanted) {
   if (!all_plain(x, get(t), get(w))) check_token_statistics_shapes(x, t, w, o);
   TokenOutputs out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    out = call_forward(x, t, w, o, wanted);
+    out = o.shard.all ? row_forward(x, t, w, o, wanted) : call_forward(x, t, w, o, wanted);
   }
   const auto& [loss, entropy, logsumexp, collision, argmax, stats] = out;
   const Tensor all[] = {loss, entropy, logsumexp, collision};
@@ -139,15 +115,26 @@ TokenOutputs token_statistics_forward(const Tensor& x, const MaybeTensor& t, con
       if (!(wanted >> i & 1)) continue;
       Tensor d;
       if (dx.defined()) d = f.along(i, dx);
-      if (i == 0 && dt.defined()) d = plus(d, f.used(times(dt, f.rows.target_slope())).sum(f.rows.dim));
+      if (i == 0 && dt.defined()) d = plus(d, f.rows.sum_of(f.used(times(dt, f.rows.target_slope()))));
       if (i == 0 && dw.defined()) {
         f.rows.check_weight_slope();
-        d = plus(d, f.used(times(f.rows.by_class(dw), f.rows.weight_slope())).sum(f.rows.dim));
+        d = plus(d, f.rows.sum_of(f.used(times(f.rows.by_class(dw), f.rows.weight_slope()))));
       }
       set_tangent(all[i], d);
     }
   }
   return out;
+}
+TokenOutputs token_statistics_forward(const Tensor& x, const MaybeTensor& t, const MaybeTensor& w, int64_t ignore_index,
+                                      double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
+                                      int64_t wanted) {
+  return forward(x, t, w, {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, wanted);
+}
+TokenOutputs sharded_statistics_forward(const Tensor& x, const MaybeTensor& t, const MaybeTensor& w,
+                                        int64_t ignore_index, double label_smoothing, double logit_scale,
+                                        double softcap, bool skip_masked_rows, int64_t wanted, int64_t first_class,
+                                        int64_t all_classes, int64_t ranks, const std::string& group) {
+  return forward(x, t, w, {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, wanted);
 }
 
 struct TokenStatisticsBackwardBackward {
@@ -165,7 +152,7 @@ struct TokenStatisticsBackwardBackward {
     }
     if (needs[4]) out[4] = f.along_x(g, v).to(x.scalar_type());
     if ((needs[5] || needs[6]) && present(g[0])) {
-      const Tensor q = f.rows.onto_q(f.used(g[0]->unsqueeze(f.rows.dim)), f.slope(v));
+      const Tensor q = f.rows.onto_q(f.used(f.rows.row(*g[0])), f.slope(v));
       if (needs[5]) out[5] = like(f.rows.keep() * f.rows.weighted(q), t);
       if (needs[6]) {
         f.rows.check_weight_slope();
@@ -179,8 +166,9 @@ struct TokenStatisticsBackwardBackward {
 Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g_entropy,
                                  const MaybeTensor& g_logsumexp, const MaybeTensor& g_collision, const Tensor& x,
                                  const MaybeTensor& t, const MaybeTensor& w, const Tensor& stats, int64_t ignore_index,
-                                 double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows) {
-  const TokenOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows};
+                                 double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
+                                 CECE_SHARD_PARAMETERS) {
+  const TokenOptions o{ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD};
   const TokenGrads g{g_loss, g_entropy, g_logsumexp, g_collision};
   Tensor grad;
   {
@@ -203,7 +191,7 @@ Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g
     if (any) d = call_backward(dg, px, maybe(pt), maybe(pw), stats, o);
     if (dx.defined()) d = plus(d, f.along_x(pg, dx));
     if ((dt.defined() || dw.defined()) && present(pg[0])) {
-      const Tensor s = f.used(pg[0]->unsqueeze(f.rows.dim));
+      const Tensor s = f.used(f.rows.row(*pg[0]));
       if (dt.defined()) d = plus(d, f.slope(f.rows.along_q(s, f.rows.keep() * f.rows.weighted(dt))));
       if (dw.defined()) {
         f.rows.check_weight_slope();
@@ -221,4 +209,5 @@ Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g
 TORCH_LIBRARY_IMPL(cece, Autograd, m) {
   m.impl("token_statistics_forward", cece::token_statistics_forward);
   m.impl("token_statistics_backward", cece::token_statistics_backward);
+  m.impl("sharded_statistics_forward", cece::sharded_statistics_forward);
 }

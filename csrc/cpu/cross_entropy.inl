@@ -31,9 +31,9 @@ struct CrossEntropy {
     return f(integral_constant<Target, Target::hard>{});
   }
 
-  static constexpr int64_t kIgnored = -1, kImpossible = -2, kUnlabelled = -3;
+  static constexpr int64_t kIgnored = -1, kImpossible = -2, kUnlabelled = -3, kElsewhere = -4;  // in another shard
 
-  // The class indices of rows first ... first + n - 1, each a class, kIgnored or kImpossible. True if all are classes.
+  // The class indices of rows first ... first + n - 1, each a class here or one of the above. True if all are classes.
   static bool read_labels(const Args& a, int64_t first, int64_t n, int64_t* y) {
     if (!a.labels) {
       std::fill_n(y, n, kIgnored);
@@ -42,10 +42,11 @@ struct CrossEntropy {
     int64_t classes = 0;
     const auto read = [&](auto* labels) {
       for (int64_t i = 0; i < n; i++) {
-        const int64_t label = labels[first + i];
-        const bool possible = label >= 0 && label < a.classes, ignored = label == a.ignore_index;
-        y[i] = ignored ? kIgnored : possible ? label : kImpossible;
-        classes += possible & !ignored;
+        const int64_t label = labels[first + i], at = label - a.first_class;
+        const bool here = at >= 0 && at < a.classes, ignored = label == a.ignore_index;
+        const bool possible = label >= 0 && label < a.all_classes;
+        y[i] = ignored ? kIgnored : here ? at : possible ? kElsewhere : kImpossible;
+        classes += here & !ignored;
       }
     };
     visit(a.label_dtype, [&](auto type) {
@@ -59,9 +60,10 @@ struct CrossEntropy {
     read_labels(a, row, 1, &y);
     return y;
   }
+  static bool counts(const Args& a, int64_t y) { return !a.labels || y >= 0 || y == kElsewhere; }
   static A class_weight(const Args& a, int64_t c) { return a.weight ? static_cast<const A*>(a.weight)[c] : A(1); }
   static A keep(const Args& a) { return A(1 - a.label_smoothing); }
-  static A spread(const Args& a) { return A(a.label_smoothing / double(a.classes)); }
+  static A spread(const Args& a) { return A(a.label_smoothing / double(a.all_classes)); }
 
   // Masses q_j of a block of classes beside the label's own: t and w point at the block, or are unused.
   template <Target K>
@@ -211,6 +213,17 @@ struct CrossEntropy {
     alignas(64) A x[kBlock], t[kBlock], out[kBlock], slope[kBlock];
   };
 
+  template <class Sums>
+  static RowState state(const Sums& sums, const TargetGaps<double>& target, int64_t argmax) {
+    RowState s{{}, target, argmax};
+    if constexpr (kFull) {
+      s.sums = sums;
+    } else {
+      static_cast<LogSumExp<double>&>(s.sums) = sums;
+    }
+    return s;
+  }
+
   template <Target K>
   static RowState read_classes(const Args& a, RowBuffers& buffer, int64_t row, int64_t begin, int64_t end) {
     const int64_t at_x = offset_of(a.rows, a.logits, row), stride = a.logits.class_stride;
@@ -218,7 +231,7 @@ struct CrossEntropy {
     std::conditional_t<kFull, Moments<double>, LogSumExp<double>> sums;
     sums.max = lowest<A>();
     TargetGaps<double> target;
-    int64_t argmax = begin;
+    int64_t argmax = RowState::kNowhere;
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c);
       const A* x = transformed(a, load(a.logits, at_x + c * stride, stride, n, buffer.x), n, buffer.x);
@@ -242,9 +255,7 @@ struct CrossEntropy {
         add_gaps(target, x, n, A(sums.max), masses<K>(a, at_t, c, n, buffer.t));
       }
     }
-    RowState s{sums.max, sums.rest, target.gaps, target.mass};
-    if constexpr (kFull) s.heat = sums.heat, s.square = sums.square, s.argmax = argmax;
-    return s;
+    return state(sums, target, argmax);
   }
 
   // A row's results; `nothing` in all of them where it has none.
@@ -261,6 +272,7 @@ struct CrossEntropy {
   }
   static void write_more(const Args& a, int64_t row, double heat, double spread, double entropy, double logsumexp,
                          double collision, int64_t argmax) {
+    if (a.part_numbers && a.part_numbers < kFullPart) return;  // whole rows of parts with no more than the loss
     A* stats = static_cast<A*>(a.stats) + row;
     stats[3 * a.rows.count] = A(heat);
     stats[4 * a.rows.count] = A(spread);
@@ -274,40 +286,59 @@ struct CrossEntropy {
   static A load_logit(const Args& a, int64_t row, int64_t c) {
     return transformed_one(a, load_one<A>(a.logits, offset_of(a.rows, a.logits, row) + c * a.logits.class_stride));
   }
+  struct Found {
+    int64_t at;
+    bool nan;
+  };
   // The first NaN, or the first of the largest.
-  static int64_t first_maximal(const Args& a, int64_t row) {
+  static Found first_maximal(const Args& a, int64_t row) {
     int64_t best = 0;
     A most = load_logit(a, row, 0);
     for (int64_t c = 1; c < a.classes && most == most; c++) {
       const A x = load_logit(a, row, c);
       if (!(x <= most)) best = c, most = x;
     }
-    return best;
+    return {best, most != most};
   }
 
-  static void finish(const Args& a, int64_t row, int64_t y, const RowState& s) {
-    const double log_sum = LogSumExp<double>{s.max, s.rest}.log_sum();
+  static void finish(const Args& a, int64_t row, int64_t y, RowState& s) {
     double kept = 0, x_y = 0;
     if (y >= 0) {
       kept = (1 - a.label_smoothing) * class_weight(a, y);
       x_y = load_logit(a, row, y);
     }
-    write_row(a, row, s.max, log_sum, kept + s.mass,
-              row_loss(kept, x_y, TargetGaps<double>{s.gaps, s.mass}, s.max, log_sum));
+    // The search passed over something; there is nothing in a row of -inf.
+    const bool searches = kFull && s.sums.rest != -1 && !(s.sums.rest == s.sums.rest && s.argmax != s.kNowhere);
+    if (a.parts) return leave_part(a, row, y, s, kept, x_y, searches);
     if constexpr (kFull) {
-      Moments<double> m;
-      m.max = s.max, m.rest = s.rest, m.heat = s.heat, m.square = s.square;
+      if (searches && a.argmax) s.argmax = first_maximal(a, row).at;
+    }
+    write_results(a, row, kept, x_y, s);
+  }
+  static void leave_part(const Args& a, int64_t row, int64_t y, RowState& s, double kept, double x_y, bool searches) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    s.target.push(kept, x_y, s.sums.max);
+    if (searches) {
+      const Found found = first_maximal(a, row);
+      s.argmax = a.first_class + found.at;
+      if (found.nan) s.argmax = nan_at(s.argmax);
+    } else if (s.argmax != s.kNowhere) {
+      s.argmax += a.first_class;
+    }
+    write_part<A>(a, row, s, y >= 0 ? double(class_weight(a, y)) : nan);
+  }
+  static void write_results(const Args& a, int64_t row, double kept, double x_y, const RowState& s) {
+    const double log_sum = s.sums.log_sum();
+    write_row(a, row, s.sums.max, log_sum, kept + s.target.mass, row_loss(kept, x_y, s.target, s.sums.max, log_sum));
+    if constexpr (kFull) {
       const double infinity = std::numeric_limits<double>::infinity();
       if (log_sum == -infinity) {  // nothing but -inf
         if (a.skip_masked_rows) return write_masked(a, row);
         const double nan = std::numeric_limits<double>::quiet_NaN();
         return write_more(a, row, nan, nan, nan, -infinity, nan, 0);
       }
-      const bool plain = log_sum == log_sum && s.max > lowest<A>();  // else the search passed over something
-      write_more(a, row, m.mean_heat(), m.spread(), log_sum + m.mean_heat(), s.max + log_sum, m.collision(),
-                 plain       ? s.argmax
-                 : !a.argmax ? 0
-                             : first_maximal(a, row));
+      write_more(a, row, s.sums.mean_heat(), s.sums.spread(), log_sum + s.sums.mean_heat(), s.sums.max + log_sum,
+                 s.sums.collision(), s.argmax == s.kNowhere ? 0 : s.argmax);
     }
   }
   // No loss, and a gradient of 0: known by its log_sum.
@@ -325,8 +356,9 @@ struct CrossEntropy {
 
   // A row without a label has no loss; one with an impossible label is reported, and NaN.
   static bool skip(const Args& a, int64_t row, int64_t y) {
-    if (!a.labels || y >= 0) return false;
+    if (counts(a, y)) return false;
     if (y == kImpossible) report(a.bad_row, row);
+    if (a.parts) return write_no_part<A>(a, row), true;
     write_nothing(a, row, y == kImpossible ? std::numeric_limits<double>::quiet_NaN() : 0);
     return true;
   }
@@ -338,7 +370,7 @@ struct CrossEntropy {
         const int64_t row = task / parts, c = task % parts * kSegment, y = label(a, row);
         if (skip(a, row, y)) continue;
         const int64_t last = std::min(c + kSegment, a.classes);
-        const RowState s = read_classes<kind.value>(a, as<RowBuffers>(scratch), row, c, last);
+        RowState s = read_classes<kind.value>(a, as<RowBuffers>(scratch), row, c, last);
         states ? void(states[task] = s) : finish(a, row, y, s);
       }
     });
@@ -349,25 +381,30 @@ struct CrossEntropy {
     for (int64_t row = begin; row < end; row++) {
       const int64_t y = label(a, row);
       if (skip(a, row, y)) continue;
-      std::conditional_t<kFull, Moments<double>, LogSumExp<double>> sums, part_sums;
-      TargetGaps<double> target;
-      int64_t argmax = 0;
-      for (const RowState* s = states + row * parts; s < states + (row + 1) * parts; s++) {
-        TargetGaps<double> part{s->gaps, s->mass};
-        const double max = std::max(sums.max, s->max);
-        target.rebase(sums.max, max);
-        part.rebase(s->max, max);
-        target = {target.gaps + part.gaps, target.mass + part.mass};
-        part_sums.max = s->max, part_sums.rest = s->rest;
-        if constexpr (kFull) {
-          part_sums.heat = s->heat, part_sums.square = s->square;
-          if (s->max > sums.max) argmax = s->argmax;
-        }
-        sums.merge(part_sums);
-      }
-      RowState whole{sums.max, sums.rest, target.gaps, target.mass};
-      if constexpr (kFull) whole.heat = sums.heat, whole.square = sums.square, whole.argmax = argmax;
+      RowState whole = states[row * parts];
+      for (int64_t i = 1; i < parts; i++) whole.merge(states[row * parts + i]);
       finish(a, row, y, whole);
+    }
+  }
+
+  // The rows of all shards. Of fewer numbers than all there are no more statistics than the loss.
+  static void finish_parts(const FinishPartsArgs& a, int64_t begin, int64_t end) {
+    if constexpr (kFull) {
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+      for (int64_t row = begin; row < end; row++) {
+        const int64_t y = label(a, row);
+        WholeRow whole = whole_row<A>(a, row, a.labels);
+        A* const label_weight = label_weight_of<A>(a, row);
+        if (y == kImpossible) report(a.bad_row, row);
+        if (!counts(a, y)) {
+          const double nothing = y == kIgnored && nobody_has<A>(a, row) ? 0 : nan;
+          write_nothing(a, row, nothing);
+          if (label_weight) *label_weight = A(nothing);
+          continue;
+        }
+        write_results(a, row, 0, 0, whole);
+        if (label_weight) *label_weight = A(whole.label_weight);
+      }
     }
   }
 
@@ -465,7 +502,7 @@ struct CrossEntropy {
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c), at = at_out + c * out.class_stride;
       A* slopes = room(out, at, out.class_stride, buffer.out);
-      if ((a.labels && y < 0) || masked(a, row)) {
+      if (!counts(a, y) || masked(a, row)) {
         std::fill_n(slopes, n, y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0));
       } else {
         const A* x = transformed(a, load(a.logits, at_x + c * stride, stride, n, buffer.x), n, buffer.x, buffer.slope);
@@ -654,14 +691,17 @@ struct CrossEntropy {
       });
       if (c % Sums::kGroup == Sums::kGroup - 1) sums.end_group(b.lanes, dense);
     }
-    if (a.classes % Sums::kGroup) sums.end_group(b.lanes, dense);
-    if constexpr (kFull) {
+    if (a.classes % Sums::kGroup || a.classes == 0) sums.end_group(b.lanes, dense);
+    if (kFull || a.parts) {
       for (int64_t i = 0; i < b.n; i++) {
         if (skip(a, b.first + i, b.y[i])) continue;
-        RowState s{sums.max[i], one_of(sums.all_rest, i)};
-        if (dense) s.gaps = one_of(sums.all_gaps, i), s.mass = one_of(sums.all_mass, i);
-        s.heat = one_of(sums.full.all_heat, i), s.square = one_of(sums.full.all_square, i);
-        s.argmax = int64_t(sums.full.argmax[i]);
+        RowState s;
+        s.sums.max = sums.max[i], s.sums.rest = one_of(sums.all_rest, i);
+        if (dense) s.target = {one_of(sums.all_gaps, i), one_of(sums.all_mass, i)};
+        if constexpr (kFull) {
+          s.sums.heat = one_of(sums.full.all_heat, i), s.sums.square = one_of(sums.full.all_square, i);
+          if (sums.max[i] > lowest<A>()) s.argmax = int64_t(sums.full.argmax[i]);
+        }
         finish(a, b.first + i, b.y[i], s);
       }
       return;
@@ -772,7 +812,7 @@ struct CrossEntropy {
     for (int64_t i = 0; i < b.n; i++) {
       const A* x = static_cast<const A*>(a.logits.data) + b.at_x + i * b.x_stride;
       A* out = static_cast<A*>(a.grad_logits.data) + b.at_out + i * b.out_stride;
-      if (b.y[i] < 0) {
+      if (!counts(a, b.y[i])) {
         std::fill_n(out, a.classes, b.y[i] == kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN());
         continue;
       }
@@ -789,7 +829,7 @@ struct CrossEntropy {
       const V end = slopes(last, V::loadu(x + last));  // read before it may be overwritten
       for (int64_t c = 0; c < last; c += kLanes) slopes(c, V::loadu(x + c)).store(out + c);
       end.store(out + last);
-      out[b.y[i]] = g * x_y[i];
+      if (b.y[i] >= 0) out[b.y[i]] = g * x_y[i];
     }
   }
 
@@ -838,7 +878,7 @@ struct CrossEntropy {
   }
 
   static constexpr RowKernels<Args> kernels = {forward_rows,    finish_rows, backward_rows, forward_pixels,
-                                               backward_pixels, reduce,      total};
+                                               backward_pixels, reduce,      total,         finish_parts};
 };
 
 }  // namespace

@@ -2,14 +2,15 @@
 #pragma once
 #include "../args.h"
 
+namespace cece {
+template <class T>
+struct RowPart;  // numerics.h, which wants its lanes first
+}
+
 namespace cece::cpu {
 
 // Forward of cross-entropy before a row is finished; a long row is split and its parts merged in order.
-struct RowState {
-  double max, rest, gaps, mass;
-  double heat = 0, square = 0;  // of all statistics only, as is
-  int64_t argmax = 0;
-};
+using RowState = RowPart<double>;
 
 // Work is cut the same way whatever the number of threads, so that results are bit-identical for any.
 constexpr int64_t kSegment = 1 << 16;  // classes of one row that one task handles
@@ -50,6 +51,8 @@ struct RowKernels {
   // tasks: chunks of kChunk rows; sums: their (loss, weight) pairs. total: all of them
   void (*reduce)(const Args&, double* sums, int64_t begin, int64_t end);
   void (*total)(const Args&, const double* sums, int64_t chunks);
+  // tasks: rows, each from the parts of all its shards
+  void (*finish_parts)(const FinishPartsArgs&, int64_t begin, int64_t end);
 };
 
 template <class A>

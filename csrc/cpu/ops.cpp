@@ -129,7 +129,7 @@ void raise_bad_label(const CrossEntropyCall& call, int64_t row) {
   const int64_t label = labels[row].item<int64_t>();
   const auto sizes = C10_AS_INTARRAYREF_SLOW(call.shapes.rows);
   TORCH_CHECK_INDEX(false, "cece.cross_entropy: Target ", label, " is out of bounds: target",
-                    position(sizes, logical_order(sizes.size()), row), " must be in [0, ", call.args.classes,
+                    position(sizes, logical_order(sizes.size()), row), " must be in [0, ", call.args.all_classes,
                     ") or equal ignore_index (", call.args.ignore_index, "), got ", label);
 }
 
@@ -158,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
 
 void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                     const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, const Tensor& grad_logits) {
+                    double label_smoothing, const Shard& shard, const Tensor& grad_logits) {
   CrossEntropyCall call =
-      check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
+      check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits, shard);
   const auto held = check_saved(call, grad, stats, total_weight);
   const CrossEntropyArgs& a = call.args;
   visit_acc(call.shapes.acc, [&](const auto& k, const auto&, const auto&) { backward_rows(k, a); });
@@ -169,17 +169,18 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
 
 Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                               const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                              double label_smoothing) {
+                              double label_smoothing, CECE_SHARD_PARAMETERS) {
   Tensor grad_logits = empty_gradient(logits);
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
-                 grad_logits);
+                 CECE_SHARD, grad_logits);
   return grad_logits;
 }
 
 void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                             double label_smoothing) {
-  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
+                             double label_smoothing, CECE_SHARD_PARAMETERS) {
+  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
+                 CECE_SHARD, logits);
 }
 
 // ---- all statistics of a row
@@ -212,19 +213,52 @@ Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g
                                  const MaybeTensor& g_logsumexp, const MaybeTensor& g_collision, const Tensor& logits,
                                  const MaybeTensor& target, const MaybeTensor& weight, const Tensor& stats,
                                  int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
-                                 bool skip_masked_rows) {
+                                 bool skip_masked_rows, CECE_SHARD_PARAMETERS) {
   Tensor grad_logits = empty_gradient(logits);
   write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
-                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, grad_logits);
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD},
+                       grad_logits);
   return grad_logits;
 }
 
 void token_statistics_backward_(const MaybeTensor& g_loss, const MaybeTensor& g_entropy, const MaybeTensor& g_logsumexp,
                                 const MaybeTensor& g_collision, const Tensor& logits, const MaybeTensor& target,
                                 const MaybeTensor& weight, const Tensor& stats, int64_t ignore_index,
-                                double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows) {
+                                double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
+                                CECE_SHARD_PARAMETERS) {
   write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
-                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, logits);
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, logits);
+}
+
+// ---- a row in parts
+
+Tensor row_parts(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight, int64_t ignore_index,
+                 double label_smoothing, double logit_scale, double softcap, int64_t first_class, int64_t all_classes,
+                 bool full) {
+  TokenStatisticsCall call = check_token_statistics(
+      logits, target, weight,
+      {ignore_index, label_smoothing, logit_scale, softcap, false, {first_class, all_classes, {}}});
+  const Tensor parts = point_at_parts(call, target, weight, full);
+  int64_t bad_row = call.args.rows.count;
+  call.args.bad_row = &bad_row;
+  visit_acc(call.rows.shapes.acc, [&](const auto& plain, const auto& all, const auto&) {
+    full ? forward_rows(all, call.args) : forward_rows<CrossEntropyArgs>(plain, call.args);
+  });
+  if (bad_row < call.args.rows.count) raise_bad_label(call.rows, bad_row);
+  return parts;
+}
+
+TokenOutputs finish_parts(const Tensor& parts, const MaybeTensor& target, int64_t ignore_index, double label_smoothing,
+                          bool skip_masked_rows, int64_t all_classes, int64_t wanted) {
+  FinishPartsCall call =
+      check_finish_parts(parts, target, ignore_index, label_smoothing, skip_masked_rows, all_classes, wanted);
+  int64_t bad_row = call.args.rows.count;  // its labels were looked at as its parts were made: it is NaN
+  call.args.bad_row = &bad_row;
+  visit_acc(parts.scalar_type(), [&](const auto&, const auto& k, const auto&) {
+    parallel(call.args.rows.count, grain(call.args.ranks * call.args.part_numbers),
+             [&](int64_t b, int64_t e) { k.finish_parts(call.args, b, e); });
+  });
+  return call.out;
 }
 
 // ---- binary cross-entropy and the other elementwise losses
@@ -369,6 +403,8 @@ TORCH_LIBRARY_IMPL(cece, CPU, m) {
   m.impl("cross_entropy_backward_", cross_entropy_backward_);
   m.impl("token_statistics_forward", token_statistics_forward);
   m.impl("token_statistics_backward", token_statistics_backward);
+  m.impl("row_parts", row_parts);
+  m.impl("finish_parts", finish_parts);
   m.impl("token_statistics_backward_", token_statistics_backward_);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);

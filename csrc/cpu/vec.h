@@ -103,6 +103,7 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
 
 // After the primitives, which its formulas then find.
 #include "../numerics.h"
+#include "../parts.h"
 
 namespace cece {
 template <class A>

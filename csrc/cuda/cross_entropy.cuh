@@ -5,6 +5,7 @@
 // once more and writes the gradient, rebuilding each probability from the row's saved max and log_sum. tune.h says
 // which threads do what.
 #pragma once
+#include "../parts.h"
 #include "kernels.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -37,13 +38,14 @@ constexpr int kPixelResident = P == 2 && K == Target::smooth  ? 2
 
 template <class A>
 struct RowArgs : CrossEntropyArgs {
-  A keep, spread, smoothing;  // 1 - s, s / C and s: a division of doubles would cost a kernel more than a row
+  // 1 - s, s / C and of s what the classes here have: a division of doubles would cost a kernel more than a row
+  A keep, spread, smoothing;
 
   RowArgs(const CrossEntropyArgs& a)
       : CrossEntropyArgs(a),
         keep(A(1 - a.label_smoothing)),
-        spread(A(a.label_smoothing / double(a.classes))),
-        smoothing(A(a.label_smoothing)) {}
+        spread(A(a.label_smoothing / double(a.all_classes))),
+        smoothing(A(a.label_smoothing * (double(a.classes) / double(a.all_classes)))) {}
 };
 
 template <class A>
@@ -94,7 +96,7 @@ __device__ __forceinline__ A transform_slope(const FullArgs<A>& a, A x) {
 
 // ---- the target of a row
 
-constexpr int64_t kIgnored = -1, kImpossible = -2, kUnlabelled = -3;
+constexpr int64_t kIgnored = -1, kImpossible = -2, kUnlabelled = -3, kElsewhere = -4;  // in another shard
 
 // A row's label as it is loaded, in registers of 32 bits: nothing is computed of it, so nothing waits for it.
 struct RawLabel {
@@ -124,13 +126,16 @@ __device__ __forceinline__ RawLabel load_label(const CrossEntropyArgs& a, int64_
   }
   return l;
 }
-// The class index of a row, or kIgnored, or kImpossible.
+// The class index of a row here, or one of the above.
 template <Target K>
 __device__ __forceinline__ int64_t judge(const CrossEntropyArgs& a, RawLabel l) {
   if (kSoft<K>) return kIgnored;
   if (kFull<K> && !a.labels) return kUnlabelled;
   const int64_t y = a.label_dtype == Dtype::i64 ? int64_t(l.high) * (int64_t(1) << 32) + uint32_t(l.low) : l.low;
-  return y == a.ignore_index ? kIgnored : y >= 0 && y < a.classes ? y : kImpossible;
+  if (y == a.ignore_index) return kIgnored;
+  if (y < 0 || y >= a.all_classes) return kImpossible;
+  const int64_t here = y - a.first_class;
+  return here >= 0 && here < a.classes ? here : kElsewhere;
 }
 template <Target K>
 __device__ __forceinline__ int64_t label(const CrossEntropyArgs& a, int64_t row) {
@@ -139,7 +144,7 @@ __device__ __forceinline__ int64_t label(const CrossEntropyArgs& a, int64_t row)
 // Whether a row has a loss: any with probabilities, else one with a possible label. (Statistics need no label.)
 template <Target K>
 __device__ __forceinline__ bool used(int64_t y) {
-  return kSoft<K> || y >= 0 || (kFull<K> && y == kUnlabelled);
+  return kSoft<K> || y >= 0 || y <= kUnlabelled;
 }
 
 template <class A>
@@ -159,22 +164,22 @@ __device__ __forceinline__ A mass_of(const RowArgs<A>& a, A t, int64_t c) {
 // A row, or a part of one, as it is merged.
 template <Target K, class A>
 struct RowState {
-  LogSumExp<A> lse;
+  LogSumExp<A> sums;
   TargetGaps<A> target;
 
   __device__ __forceinline__ void merge(const RowState& o) {
-    const A max = greatest(o.lse.max, lse.max);
+    const A max = greatest(o.sums.max, sums.max);
     TargetGaps<A> part = o.target;
-    part.rebase(o.lse.max, max);
-    target.rebase(lse.max, max);
+    part.rebase(o.sums.max, max);
+    target.rebase(sums.max, max);
     target = {target.gaps + part.gaps, target.mass + part.mass};
-    lse.merge(o.lse);
+    sums.merge(o.sums);
   }
   // As LogSumExp::share: summed over many states they make one, with that maximum.
   __device__ __forceinline__ Shares<A, 3> shares(A max, bool leads) const {
     TargetGaps<A> part = target;
-    part.rebase(lse.max, max);
-    return {{lse.share(max, leads), part.gaps, part.mass}};
+    part.rebase(sums.max, max);
+    return {{sums.share(max, leads), part.gaps, part.mass}};
   }
   static __device__ __forceinline__ RowState of(A max, const Shares<A, 3>& s) {
     return {{max, s.v[0]}, {s.v[1], s.v[2]}};
@@ -182,39 +187,22 @@ struct RowState {
 };
 template <class A>
 struct RowState<Target::hard, A> {
-  LogSumExp<A> lse;
+  LogSumExp<A> sums;
   static constexpr TargetGaps<A> target{};
-  __device__ __forceinline__ void merge(const RowState& o) { lse.merge(o.lse); }
-  __device__ __forceinline__ Shares<A, 1> shares(A max, bool leads) const { return {{lse.share(max, leads)}}; }
+  __device__ __forceinline__ void merge(const RowState& o) { sums.merge(o.sums); }
+  __device__ __forceinline__ Shares<A, 1> shares(A max, bool leads) const { return {{sums.share(max, leads)}}; }
   static __device__ __forceinline__ RowState of(A max, const Shares<A, 1>& s) { return {{max, s.v[0]}}; }
 };
 
-template <class A>
-struct FullState {
-  Moments<A> lse;
-  TargetGaps<A> target;
-  int64_t argmax = kNowhere;
-  static constexpr int64_t kNowhere = INT64_MAX;
-
-  __device__ __forceinline__ void merge(const FullState& o) {
-    const A max = greatest(o.lse.max, lse.max);
-    TargetGaps<A> part = o.target;
-    part.rebase(o.lse.max, max);
-    target.rebase(lse.max, max);
-    target = {target.gaps + part.gaps, target.mass + part.mass};
-    if (o.lse.max > lse.max || (o.lse.max == lse.max && o.argmax < argmax)) argmax = o.argmax;
-    lse.merge(o.lse);
-  }
-};
 template <Target K, class A>
-using StateOf = std::conditional_t<kFull<K>, FullState<A>, RowState<K, A>>;
+using StateOf = std::conditional_t<kFull<K>, RowPart<A>, RowState<K, A>>;
 
 // Rows are merged in lanes by their maximum first: then each is moved to it once, and what follows are plain sums. Of
 // the 22 instructions that a merge of two takes, 5 are left a step.
 template <Target K, class A>
 __device__ __forceinline__ RowState<K, A> merge_lanes(const RowState<K, A>& s, int lanes) {
-  const A max = merge_lanes(Greatest<A>{s.lse.max}, lanes).v;
-  return RowState<K, A>::of(max, merge_lanes(s.shares(max, first_of_lanes(s.lse.max == max, lanes)), lanes));
+  const A max = merge_lanes(Greatest<A>{s.sums.max}, lanes).v;
+  return RowState<K, A>::of(max, merge_lanes(s.shares(max, first_of_lanes(s.sums.max == max, lanes)), lanes));
 }
 
 // A row as one thread reads it, V groups of N classes at a time: logits x, -inf in a group that is not `inside`, masses
@@ -302,13 +290,13 @@ struct Reader<S, Target::smooth> {
 template <class S>
 struct FullReader {
   using A = AccOf<S>;
-  FullState<A> s;
+  RowPart<A> s;
   LongSum<A> gaps, mass;
 
   template <int V, int N>
   __device__ __forceinline__ void push(const RowArgs<A>&, const A (&x)[V][N], const A (&q)[V][N], const bool (&)[V],
                                        int64_t c, int64_t step) {
-    const A before = s.lse.max;
+    const A before = s.sums.max;
     A max = before;
 #pragma unroll
     for (int i = 0; i < V * N; i++) max = greatest(x[i / N][i % N], max);
@@ -316,8 +304,8 @@ struct FullReader {
     if (own) {
       Moments<A> higher;
       higher.max = max, higher.rest = higher.square = A(0);
-      higher.merge(s.lse);
-      s.lse = higher, s.argmax = s.kNowhere;
+      higher.merge(s.sums);
+      s.sums = higher, s.argmax = s.kNowhere;
     }
     gaps.add(times(mass.value(), gap(before, max)));
     TargetGaps<A> these;
@@ -334,12 +322,12 @@ struct FullReader {
       rest += e, heat += times(e, u), square += e * e;
       these.push(q[i / N][i % N], x_i, max);
     }
-    s.lse.rest += rest, s.lse.heat += heat, s.lse.square += square;
+    s.sums.rest += rest, s.sums.heat += heat, s.sums.square += square;
     gaps.add(these.gaps);
     mass.add(these.mass);
   }
-  __device__ __forceinline__ FullState<A> state(const RowArgs<A>&) const {
-    FullState<A> all = s;
+  __device__ __forceinline__ RowPart<A> state(const RowArgs<A>&) const {
+    RowPart<A> all = s;
     all.target = {gaps.value(), mass.value()};
     return all;
   }
@@ -441,8 +429,8 @@ __device__ __forceinline__ void write_row(const CrossEntropyArgs& a, int64_t row
   stats[2 * a.rows.count] = mass;
   if (a.loss) static_cast<A*>(a.loss)[row] = loss;
 }
-template <class A>
-__device__ __forceinline__ void write_more(const FullArgs<A>& a, int64_t row, A heat, A spread, A entropy, A logsumexp,
+template <class A, class Args>
+__device__ __forceinline__ void write_more(const Args& a, int64_t row, A heat, A spread, A entropy, A logsumexp,
                                            A collision, int64_t argmax) {
   A* const stats = static_cast<A*>(a.stats) + row;
   stats[3 * a.rows.count] = heat;
@@ -468,8 +456,12 @@ __device__ __forceinline__ Labelled<AccOf<S>> labelled(const ArgsOf<S, K>& a, Ra
 }
 
 // The first NaN of a row, or the first of its largest, where the search passed over something.
+struct Found {
+  int64_t at;
+  bool nan;
+};
 template <class S, class A>
-__device__ __forceinline__ int64_t first_maximal(const FullArgs<A>& a, int64_t row) {
+__device__ __forceinline__ Found first_maximal(const FullArgs<A>& a, int64_t row) {
   const int64_t from = offset_of(a.rows, a.logits, row);
   int64_t best = 0;
   A most = load_one<S>(a.logits, from);
@@ -477,7 +469,35 @@ __device__ __forceinline__ int64_t first_maximal(const FullArgs<A>& a, int64_t r
     const A x = load_one<S>(a.logits, from + c * a.logits.class_stride);
     if (!(x <= most)) best = c, most = x;
   }
-  return best;
+  return {best, most != most};
+}
+
+// What a shard leaves of a row.
+template <class S, Target K>
+__device__ __forceinline__ void leave_part(const ArgsOf<S, K>& a, int64_t row, const Labelled<AccOf<S>>& l,
+                                           const StateOf<K, AccOf<S>>& s) {
+  using A = AccOf<S>;
+  if (!used<K>(l.y)) return write_no_part<A>(a, row);
+  RowPart<A> part;
+  part.target = s.target;
+  if constexpr (kFull<K>) {
+    part.sums = s.sums, part.argmax = s.argmax;
+    if (s.sums.rest != A(-1) && !(s.sums.rest == s.sums.rest && s.argmax != s.kNowhere)) {
+      const Found found = first_maximal<S>(a, row);
+      part.argmax = found.nan ? nan_at(a.first_class + found.at) : a.first_class + found.at;
+    } else if (s.argmax != s.kNowhere) {
+      part.argmax += a.first_class;
+    }
+  } else {
+    static_cast<LogSumExp<A>&>(part.sums) = s.sums;
+  }
+  if (K == Target::smooth) part.target.mass = a.smoothing;
+  A label_weight = std::numeric_limits<A>::quiet_NaN();
+  if (l.y >= 0) {
+    label_weight = class_weight<A>(a, l.y);
+    part.target.push(a.keep * label_weight, l.x_y, part.sums.max);
+  }
+  write_part<A>(a, row, part, label_weight);
 }
 
 // Statistics and loss of a row; 0 without a label, NaN with an impossible one.
@@ -485,7 +505,8 @@ template <class S, Target K>
 __device__ __forceinline__ void finish(const ArgsOf<S, K>& a, int64_t row, const Labelled<AccOf<S>>& l,
                                        const StateOf<K, AccOf<S>>& s) {
   using A = AccOf<S>;
-  const A log_sum = s.lse.log_sum(), infinity = std::numeric_limits<A>::infinity();
+  if (a.parts) return leave_part<S, K>(a, row, l, s);
+  const A log_sum = s.sums.log_sum(), infinity = std::numeric_limits<A>::infinity();
   bool has_loss = used<K>(l.y);
   if constexpr (kFull<K>) {
     has_loss = has_loss && !(a.skip_masked_rows && log_sum == -infinity);
@@ -502,13 +523,13 @@ __device__ __forceinline__ void finish(const ArgsOf<S, K>& a, int64_t row, const
   const A kept = l.y < 0 ? A(0) : K == Target::smooth ? a.keep : a.keep * class_weight<A>(a, l.y);
   TargetGaps<A> target = s.target;
   if (K == Target::smooth) target.mass = a.smoothing;
-  write_row(a, row, s.lse.max, log_sum, kept + target.mass, row_loss(kept, l.x_y, target, s.lse.max, log_sum));
+  write_row(a, row, s.sums.max, log_sum, kept + target.mass, row_loss(kept, l.x_y, target, s.sums.max, log_sum));
   if constexpr (kFull<K>) {
     const bool found = log_sum == log_sum && s.argmax != s.kNowhere;
-    write_more(a, row, s.lse.mean_heat(), s.lse.spread(), log_sum + s.lse.mean_heat(), s.lse.max + log_sum,
-               s.lse.collision(),
+    write_more(a, row, s.sums.mean_heat(), s.sums.spread(), log_sum + s.sums.mean_heat(), s.sums.max + log_sum,
+               s.sums.collision(),
                found      ? s.argmax
-               : a.argmax ? first_maximal<S>(a, row)
+               : a.argmax ? first_maximal<S>(a, row).at
                           : 0);
   }
 }
@@ -569,6 +590,35 @@ __global__ void __launch_bounds__(kFinishThreads, 1)
   s = merge_lanes(s, 32);
   if (lane != 0) return;
   finish<S, K>(a, row, labelled<S, K>(a, load_label<K>(a, row), offset_of(a.rows, a.logits, row), 0), s);
+}
+
+// The rows of all shards from their parts, a thread a row. Of fewer numbers than all there are no more statistics than
+// the loss.
+template <class A>
+__global__ void __launch_bounds__(kFinishThreads, 1) finish_parts(const __grid_constant__ FinishPartsArgs a) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= a.rows.count) return;
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const int64_t y = label<Target::full>(a, row);
+  const WholeRow whole = whole_row<A>(a, row, a.labels);
+  const Moments<double>& s = whole.sums;
+  const double log_sum = s.log_sum();
+  const bool exists = used<Target::full>(y), full = a.part_numbers == kFullPart;
+  A* const label_weight = label_weight_of<A>(a, row);
+  if (!exists || (a.skip_masked_rows && log_sum == -infinity)) {
+    const bool agreed = exists || (y == kIgnored && nobody_has<A>(a, row));
+    const A v = agreed ? A(0) : std::numeric_limits<A>::quiet_NaN();
+    write_row(a, row, v, exists ? A(-infinity) : v, v, v);  // a masked one is known by its log_sum
+    if (full) write_more(a, row, v, v, v, v, v, 0);
+    if (label_weight) *label_weight = v;
+    return;
+  }
+  const double loss = row_loss(0., 0., whole.target, s.max, log_sum);
+  write_row(a, row, A(s.max), A(log_sum), A(whole.target.mass), A(loss));
+  if (label_weight) *label_weight = A(whole.label_weight);
+  if (!full) return;
+  write_more(a, row, A(s.mean_heat()), A(s.spread()), A(log_sum + s.mean_heat()), A(s.max + log_sum), A(s.collision()),
+             whole.argmax == whole.kNowhere ? 0 : whole.argmax);
 }
 
 // ---- backward
@@ -718,7 +768,7 @@ __global__ void __launch_bounds__(kMaxThreads, kShifted ? kShiftedResident<S, K>
 #pragma unroll
         for (int k = 0; k < N; k++) x_y = y == c + k ? logit[k] : x_y;
       }
-      if constexpr (kSoft<K>) {
+      if constexpr (kSoft<K> || kFull<K>) {  // which have no kernel for what is shifted
         store_run(out + cut.head + i * N, grad);
       } else {
         store_pack(reinterpret_cast<uint4*>(out + cut.head) + i, grad);
@@ -1058,6 +1108,12 @@ struct CrossEntropy {
       }
       launch(backward_rows<S, K, false>, grid, p.row.threads, stream, 1, a, p.spread);
     });
+  }
+
+  static void whole(const FinishPartsArgs& a, const Device& d) {
+    if (a.rows.count == 0) return;
+    const dim3 grid(unsigned((a.rows.count + kFinishThreads - 1) / kFinishThreads));
+    launch(finish_parts<A>, grid, kFinishThreads, static_cast<cudaStream_t>(d.stream), 1, a);
   }
 
   static int compiled_for() { return cuda::compiled_for(forward_rows < S, kAll ? Target::full : Target::hard >); }

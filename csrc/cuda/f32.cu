@@ -5,5 +5,6 @@
 
 namespace cece::cuda {
 const Kernels kF32 = {CrossEntropy<float, CrossEntropyArgs>::kernels, CrossEntropy<float, TokenStatisticsArgs>::kernels,
-                      BinaryCrossEntropyOf<float>::kernels, Divergence<float>::kernels};
+                      BinaryCrossEntropyOf<float>::kernels, Divergence<float>::kernels,
+                      CrossEntropy<float, TokenStatisticsArgs>::whole};
 }

@@ -6,5 +6,5 @@
 namespace cece::cuda {
 const Kernels kF64 = {CrossEntropy<double, CrossEntropyArgs>::kernels,
                       CrossEntropy<double, TokenStatisticsArgs>::kernels, BinaryCrossEntropyOf<double>::kernels,
-                      Divergence<double>::kernels};
+                      Divergence<double>::kernels, CrossEntropy<double, TokenStatisticsArgs>::whole};
 }

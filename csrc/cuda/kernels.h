@@ -34,6 +34,7 @@ struct Kernels {
   RowKernels<TokenStatisticsArgs> token_statistics;
   BinaryCrossEntropyKernels binary_cross_entropy;
   DivergenceKernels divergence;
+  void (*finish_parts)(const FinishPartsArgs&, const Device&);
 };
 
 // kF64 takes input of any type: what it sums in is double, as when the target is.

@@ -12,14 +12,14 @@
 
 #include <atomic>
 
-#include "../check.h"
-#include "kernels.h"
-#include "tune.h"
 #ifdef CECE_EMULATE
 #include "emulator.h"
 #else
 #include <cuda_runtime_api.h>
 #endif
+#include "../check.h"
+#include "kernels.h"
+#include "tune.h"
 
 namespace cece::cuda {
 namespace {
@@ -79,10 +79,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
 
 void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                     const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, const Tensor& grad_logits) {
+                    double label_smoothing, const Shard& shard, const Tensor& grad_logits) {
   const c10::DeviceGuard guard(logits.device());
   CrossEntropyCall call =
-      check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits);
+      check_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, &grad_logits, shard);
   const auto held = check_saved(call, grad, stats, total_weight);
   kernels(call.shapes.acc, call.logits).cross_entropy.backward(call.args, current_device(logits));
   check_launch();
@@ -91,17 +91,18 @@ void write_gradient(const Tensor& grad, const Tensor& logits, const Tensor& targ
 
 Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                               const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                              double label_smoothing) {
+                              double label_smoothing, CECE_SHARD_PARAMETERS) {
   Tensor grad_logits = at::empty_like(logits);
   write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
-                 grad_logits);
+                 CECE_SHARD, grad_logits);
   return grad_logits;
 }
 
 void cross_entropy_backward_(const Tensor& grad, const Tensor& logits, const Tensor& target, const MaybeTensor& weight,
                              const Tensor& stats, const Tensor& total_weight, int64_t reduction, int64_t ignore_index,
-                             double label_smoothing) {
-  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing, logits);
+                             double label_smoothing, CECE_SHARD_PARAMETERS) {
+  write_gradient(grad, logits, target, weight, stats, total_weight, reduction, ignore_index, label_smoothing,
+                 CECE_SHARD, logits);
 }
 
 // ---- all statistics of a row
@@ -137,19 +138,53 @@ Tensor token_statistics_backward(const MaybeTensor& g_loss, const MaybeTensor& g
                                  const MaybeTensor& g_logsumexp, const MaybeTensor& g_collision, const Tensor& logits,
                                  const MaybeTensor& target, const MaybeTensor& weight, const Tensor& stats,
                                  int64_t ignore_index, double label_smoothing, double logit_scale, double softcap,
-                                 bool skip_masked_rows) {
+                                 bool skip_masked_rows, CECE_SHARD_PARAMETERS) {
   Tensor grad_logits = at::empty_like(logits);
   write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
-                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, grad_logits);
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD},
+                       grad_logits);
   return grad_logits;
 }
 
 void token_statistics_backward_(const MaybeTensor& g_loss, const MaybeTensor& g_entropy, const MaybeTensor& g_logsumexp,
                                 const MaybeTensor& g_collision, const Tensor& logits, const MaybeTensor& target,
                                 const MaybeTensor& weight, const Tensor& stats, int64_t ignore_index,
-                                double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows) {
+                                double label_smoothing, double logit_scale, double softcap, bool skip_masked_rows,
+                                CECE_SHARD_PARAMETERS) {
   write_token_gradient({g_loss, g_entropy, g_logsumexp, g_collision}, logits, target, weight, stats,
-                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows}, logits);
+                       {ignore_index, label_smoothing, logit_scale, softcap, skip_masked_rows, CECE_SHARD}, logits);
+}
+
+// ---- a row in parts
+
+Tensor row_parts(const Tensor& logits, const MaybeTensor& target, const MaybeTensor& weight, int64_t ignore_index,
+                 double label_smoothing, double logit_scale, double softcap, int64_t first_class, int64_t all_classes,
+                 bool full) {
+  const c10::DeviceGuard guard(logits.device());
+  TokenStatisticsCall call = check_token_statistics(
+      logits, target, weight,
+      {ignore_index, label_smoothing, logit_scale, softcap, false, {first_class, all_classes, {}}});
+  const Tensor parts = point_at_parts(call, target, weight, full);
+  const Kernels& k = kernels(call.rows.shapes.acc, call.rows.logits);
+  const auto forward = [&](const auto& k, const auto& args) {
+    const Device device = current_device(logits);
+    const Tensor memory = scratch(k.forward_scratch(args, device), logits);
+    k.forward(args, device, memory.mutable_data_ptr());
+  };
+  full ? forward(k.token_statistics, call.args)
+       : forward(k.cross_entropy, static_cast<const CrossEntropyArgs&>(call.args));
+  check_launch();
+  return parts;
+}
+
+TokenOutputs finish_parts(const Tensor& parts, const MaybeTensor& target, int64_t ignore_index, double label_smoothing,
+                          bool skip_masked_rows, int64_t all_classes, int64_t wanted) {
+  const c10::DeviceGuard guard(parts.device());
+  FinishPartsCall call =
+      check_finish_parts(parts, target, ignore_index, label_smoothing, skip_masked_rows, all_classes, wanted);
+  kernels(parts.scalar_type(), parts).finish_parts(call.args, current_device(parts));
+  check_launch();
+  return call.out;
 }
 
 // ---- binary cross-entropy and the other elementwise losses
@@ -217,6 +252,8 @@ void register_all(torch::Library& m) {
   m.impl("cross_entropy_backward_", cross_entropy_backward_);
   m.impl("token_statistics_forward", token_statistics_forward);
   m.impl("token_statistics_backward", token_statistics_backward);
+  m.impl("row_parts", row_parts);
+  m.impl("finish_parts", finish_parts);
   m.impl("token_statistics_backward_", token_statistics_backward_);
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);

@@ -23,6 +23,8 @@ OPERATORS = [
     "token_statistics_forward",
     "token_statistics_backward",
     "token_statistics_backward_",
+    "row_parts",
+    "finish_parts",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_backward",
     "divergence_forward",
