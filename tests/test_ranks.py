@@ -192,6 +192,43 @@ def check_bytes_of_a_divergence(_):
     assert [(e.name.split("::")[1], e.input_shapes[0]) for e in exchanges] == [("all_gather_into_tensor", [1, 7, 4, 2])]
 
 
+def check_divergence_as_a_function(_):
+    """cece.distributed.kl_divergence: its reductions, another dimension of classes, and what it refuses."""
+    from cece.distributed import kl_divergence
+
+    x, y = rows(torch.float32)
+    mask, w = torch.rand(4, 2) < 0.7, torch.rand(4, 2)
+    for options in (
+        {},
+        {"reduction": "none", "temperature": 3},
+        {"reduction": "sum", "mask": mask},
+        {"reduction": "batchmean", "token_weight": w},
+        {"mask": mask, "token_weight": w},
+        {"normalizer": torch.tensor(7.0)},
+    ):
+        whole = cece.kl_divergence(x, y, **options)
+        for classes in (None, CUTS):
+            torch.testing.assert_close(kl_divergence(shard(x), shard(y), classes=classes, **options), whole)
+    last = shard(x).movedim(1, -1), shard(y).movedim(1, -1)
+    torch.testing.assert_close(kl_divergence(*last, dim=-1, classes=CUTS), cece.kl_divergence(x, y))
+    torch.testing.assert_close(
+        kl_divergence(shard(x[0, :, 0][None])[0], shard(y[0, :, 0][None])[0], classes=CUTS),
+        cece.kl_divergence(x[0, :, 0], y[0, :, 0]),
+    )
+    for error, words, call in (
+        (ValueError, "logits must have this rank's classes", lambda: kl_divergence(x, y, classes=CUTS)),
+        (
+            ValueError,
+            "temperature must be a finite number above 0",
+            lambda: kl_divergence(shard(x), shard(y), classes=CUTS, temperature=0),
+        ),
+        (TypeError, "target_logits must be a torch.Tensor, got list", lambda: kl_divergence(shard(x), [1])),
+        (ValueError, "reduction must be", lambda: kl_divergence(shard(x), shard(y), classes=CUTS, reduction="max")),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+
+
 def check_nothing_to_add(_):
     assert across(torch.empty(0, 2), "for_shards").shape == (0, 2)
 
