@@ -349,12 +349,12 @@ def divergence_forward(logits, other, mask, temperature, symmetric):
     tops = [t.amax(r.dim, keepdim=True) for t in r.rows]
     sums = [((t - top) / temperature).exp().sum(r.dim, keepdim=True).log() for t, top in zip(r.rows, tops, strict=True)]
     offset = tops[1] - tops[0] + temperature * (sums[1] - sums[0])
-    stats = [*tops, *sums, offset, torch.zeros_like(offset), *levels]
+    stats = [*tops, *sums, offset, torch.zeros_like(offset), *reversed(levels)]
     loss, *stats = (r.only_used(a).squeeze(r.dim) for a in (loss, *stats))
     return loss, torch.stack(stats)
 
 
-def divergence_backward(grad, logits, other, mask, stats, temperature, symmetric, of_other):
+def divergence_backward(grad, logits, other, mask, stats, temperature, symmetric, of_other, ranks=1, group=""):
     r = _Pair(logits, other, mask, temperature)
     p, log_p, q, log_q = (r.q, r.log_q, r.p, r.log_p) if of_other else (r.p, r.log_p, r.q, r.log_q)
     if symmetric:

@@ -27,12 +27,12 @@ from ._arguments import (
     not_for_dtensors,
     refuse,
 )
-from ._script import classes_second, constant_when_compiled, label_weights, of_rows, reduction_number
+from ._script import classes_second, constant_when_compiled, label_weights, of_rows, reduce_rows, reduction_number
 from .linear import chunked_cross_entropy, chunked_statistics
-from .ops import MEAN, SHARDED_STATISTICS, WANTED
+from .ops import MEAN, SHARDED_DIVERGENCE, SHARDED_STATISTICS, WANTED
 from .rows import Asked, TokenStatistics
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "linear_token_statistics", "token_statistics"]
+__all__ = ["cross_entropy", "kl_divergence", "linear_cross_entropy", "linear_token_statistics", "token_statistics"]
 
 
 # ---- which classes are here
@@ -278,6 +278,70 @@ def token_statistics(
     return asked.named(
         SHARDED_STATISTICS(rows, target, None, ignore_index, 0.0, asked.scale, 0.0, False, asked.wanted, *shard)
     )
+
+
+def kl_divergence(
+    logits: Tensor,
+    target_logits: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    classes: int | Sequence[int] | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    dim: int = 1,
+) -> Tensor:
+    """:func:`cece.kl_divergence` of logits whose classes are cut over the ranks of a group, both in the same way.
+
+    By the chain rule of divergences a shard is one more class: 7 numbers of each row (28 bytes) say how far the shard's
+    two distributions are apart, and by how much it as a whole. Tiny divergences keep their digits.
+
+    Args:
+        logits, target_logits: this rank's classes, of the same shape; otherwise as in :func:`cece.kl_divergence`. A
+            teacher that gives only its top k is not among them: its classes would be other ranks'.
+        group, classes, dim: as in :func:`cross_entropy`.
+        temperature, reduction, mask, token_weight, normalizer: as in :func:`cece.kl_divergence`; of rows, and so the
+            same on every rank.
+
+    Returns:
+        The divergence of all classes in nats, the same bits on every rank. Differentiable in both, in every order.
+
+    Raises:
+        ValueError: shapes that differ, a temperature that is not above 0, an unknown reduction, a normalizer without
+            ``'mean'``; `classes`, as in :func:`cross_entropy`.
+        RuntimeError: any other shape, dtype or device that does not fit; of a rank that is dead or late, torch's.
+        TypeError: an argument of the wrong type.
+
+    Source: as :func:`cece.kl_divergence`; chain rule: Cover, Thomas, Elements of Information Theory (2006), 2.5.
+    """
+    tensors = logits, target_logits, mask, token_weight, normalizer
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            kl_divergence,
+            tensors,
+            logits,
+            target_logits,
+            group=group,
+            classes=classes,
+            temperature=temperature,
+            reduction=reduction,
+            mask=mask,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            dim=dim,
+        )
+    name = "distributed.kl_divergence"
+    optional: dict[str, object] = {"mask": mask, "token_weight": token_weight}
+    check_tensors(name, {"logits": logits, "target_logits": target_logits}, optional)
+    not_for_dtensors(name, logits, target_logits, mask, token_weight)
+    temperature, normalizer = as_float(name, "temperature", temperature), as_divisor(name, normalizer)
+    dim = check_dim(name, logits, dim)
+    shard = shard_of(name, "logits", logits, dim, group, classes)
+    x, y = classes_second(logits, dim), classes_second(target_logits, dim)
+    rows = SHARDED_DIVERGENCE(x, y, mask, temperature, shard.ranks, shard.group)[0]
+    return reduce_rows(name, rows, reduction, mask, token_weight, normalizer)
 
 
 def linear_cross_entropy(

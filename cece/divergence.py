@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _script
-from ._arguments import as_divisor, as_float, check_dim, check_tensors, not_for_dtensors
+from ._arguments import as_divisor, as_float, check_dim, check_tensors, dtensor_among
 from ._script import scripted_as
 
 __all__ = ["js_divergence", "kl_divergence"]
@@ -15,7 +15,6 @@ __all__ = ["js_divergence", "kl_divergence"]
 def _check(loss: str, required: dict[str, object], optional: dict[str, object], temperature: Any) -> float:
     """Types; returns the temperature as a float."""
     check_tensors(loss, required, optional)
-    not_for_dtensors(loss, *(t for t in (*required.values(), *optional.values()) if isinstance(t, Tensor)))
     return temperature if type(temperature) is float else as_float(loss, "temperature", temperature)
 
 
@@ -99,6 +98,17 @@ def kl_divergence(
     temperature = _check("kl_divergence", required, optional, temperature)
     dim = check_dim("kl_divergence", logits, dim)
     normalizer = as_divisor("kl_divergence", normalizer)
+    if dtensor := dtensor_among(logits, target_logits, mask, token_weight, target_indices):
+        options = {} if target_indices is None else {"tail": tail}
+        return dtensor.pair(
+            "kl_divergence",
+            (logits, target_logits, mask, token_weight, target_indices),
+            dim,
+            reduction,
+            normalizer,
+            temperature=temperature,
+            **options,
+        )
     return _script.kl_divergence(
         logits, target_logits, temperature, reduction, mask, token_weight, normalizer, target_indices, tail, dim
     )
@@ -158,4 +168,7 @@ def js_divergence(
     temperature = _check("js_divergence", required, optional, temperature)
     dim = check_dim("js_divergence", logits, dim)
     normalizer = as_divisor("js_divergence", normalizer)
+    if dtensor := dtensor_among(logits, other_logits, mask, token_weight):
+        tensors = (logits, other_logits, mask, token_weight, None)
+        return dtensor.pair("js_divergence", tensors, dim, reduction, normalizer, temperature=temperature)
     return _script.js_divergence(logits, other_logits, temperature, reduction, mask, token_weight, normalizer, dim)

@@ -21,7 +21,6 @@ from ._arguments import (
     asked_for,
     check_tensors,
     dtensor_among,
-    not_for_dtensors,
     refuse,
 )
 from ._script import reduction_number, scripted_as
@@ -128,9 +127,13 @@ def cross_entropy(
     if inplace_backward and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         inplace_backward = False
     number = reduction_number("cross_entropy", size_average, reduce, reduction)
+    if dtensor := dtensor_among(input, target, weight, token_weight):
+        options = asked_for(z_loss=z_loss, logit_scale=logit_scale, softcap=softcap, skip_masked_rows=skip_masked_rows)
+        return dtensor.cross_entropy(
+            input, target, weight, number, ignore_index, label_smoothing, token_weight, normalizer, **options
+        )
     plain = logit_scale == 1 and softcap is None and not (z_loss or skip_masked_rows)
     if not plain or token_weight is not None or normalizer is not None:
-        not_for_dtensors("cross_entropy with these options", input, target, weight, token_weight)
         check_tensors("cross_entropy", {}, {"token_weight": token_weight})
         if token_weight is not None and not token_weight.is_floating_point():
             raise refuse("cross_entropy", "token_weight", "a floating point tensor", token_weight.dtype)
@@ -149,8 +152,6 @@ def cross_entropy(
             as_positive("cross_entropy", "softcap", softcap),
             as_bool("cross_entropy", "skip_masked_rows", skip_masked_rows),
         )
-    if dtensor := dtensor_among(input, target, weight):
-        return dtensor.cross_entropy(input, target, weight, number, ignore_index, label_smoothing)
     return CROSS_ENTROPY(input, target, weight, number, ignore_index, label_smoothing, inplace_backward)[0]
 
 

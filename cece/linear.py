@@ -21,6 +21,7 @@ from ._arguments import (
     as_positive,
     asked_for,
     check_tensors,
+    dtensor_among,
     not_for_dtensors,
     refuse,
 )
@@ -216,6 +217,28 @@ def linear_cross_entropy(
         )
     if chunk_size is None:
         chunk_size = getattr(options, "batch_chunk_size", None)
+    if dtensor := dtensor_among(input, linear_weight, target, linear_bias, weight, token_weight):
+        given = asked_for(
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            skip_masked_rows=skip_masked_rows,
+            chunk_size=chunk_size,
+        )
+        loss: Tensor = dtensor.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            token_weight,
+            reduction_number(name, None, None, reduction),
+            as_divisor(name, normalizer),
+            ignore_index,
+            label_smoothing=label_smoothing,
+            **given,
+        )
+        return loss
     return chunked_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, token_weight,
         normalizer, z_loss, logit_scale, softcap, skip_masked_rows, chunk_size,
@@ -339,6 +362,22 @@ def linear_token_statistics(
             ignore_index=ignore_index,
             chunk_size=chunk_size,
         )
+    if dtensor := dtensor_among(input, linear_weight, target, linear_bias):
+        found: TokenStatistics = dtensor.linear_token_statistics(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            log_prob=log_prob,
+            entropy=entropy,
+            logsumexp=logsumexp,
+            collision=collision,
+            argmax=argmax,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            chunk_size=chunk_size,
+        )
+        return found
     asked = Asked(name, target, temperature, log_prob, entropy, logsumexp, collision, argmax)
     return chunked_statistics(input, linear_weight, target, linear_bias, asked, ignore_index, chunk_size)
 

@@ -20,6 +20,7 @@ LINEAR_TOKEN_STATISTICS_BACKWARD = torch.ops.cece.linear_token_statistics_backwa
 BCE = torch.ops.cece.binary_cross_entropy_forward.default
 BCE_BACKWARD = torch.ops.cece.binary_cross_entropy_backward.default
 DIVERGENCE = torch.ops.cece.divergence_forward.default
+SHARDED_DIVERGENCE = torch.ops.cece.sharded_divergence_forward.default
 DIVERGENCE_BACKWARD = torch.ops.cece.divergence_backward.default
 ACROSS_RANKS = torch.ops.cece.across_ranks.default
 
@@ -262,28 +263,30 @@ def _(
     return BCE_BACKWARD(grad, input, target, weight, pos_weight, kind, NONE, mask, own), 0
 
 
-@torch.library.register_vmap("cece::divergence_forward")
-def _(info, in_dims, logits, other, mask, temperature, symmetric):
+def _divergence(op, info, in_dims, *args):
     size = info.batch_size
-    args = (logits, other, mask, temperature, symmetric)
-    one = _one(DIVERGENCE, in_dims, args)
+    one = _one(op, in_dims, args)
     if size == 0:
-        return _nothing(logits, one)
+        return _nothing(args[0], one)
     logits, other, mask = (_batched(size, d, t) for d, t in zip(in_dims[:3], args[:3], strict=True))
-    loss, stats = DIVERGENCE(_classes_second(logits), _classes_second(other), mask, temperature, symmetric)
+    loss, stats = op(_classes_second(logits), _classes_second(other), mask, *args[3:])
     return (loss, stats.movedim(1, 0)), (0, 0)
 
 
+torch.library.register_vmap("cece::divergence_forward", functools.partial(_divergence, DIVERGENCE))
+torch.library.register_vmap("cece::sharded_divergence_forward", functools.partial(_divergence, SHARDED_DIVERGENCE))
+
+
 @torch.library.register_vmap("cece::divergence_backward")
-def _(info, in_dims, grad, logits, other, mask, stats, temperature, symmetric, of_other):
+def _(info, in_dims, grad, logits, other, mask, stats, *options):
     size = info.batch_size
-    args = (grad, logits, other, mask, stats, temperature, symmetric, of_other)
+    args = (grad, logits, other, mask, stats, *options)
     one = _one(DIVERGENCE_BACKWARD, in_dims, args)
     if size == 0:
         return _nothing(logits, one)
     grad, logits, other, mask, stats = (_batched(size, d, t) for d, t in zip(in_dims[:5], args[:5], strict=True))
     logits, other, stats = _classes_second(logits), _classes_second(other), stats.movedim(1, 0)
-    out = DIVERGENCE_BACKWARD(grad, logits, other, mask, stats, temperature, symmetric, of_other)
+    out = DIVERGENCE_BACKWARD(grad, logits, other, mask, stats, *options)
     return out.movedim(1, 2) if out.dim() > 2 else out, 0
 
 

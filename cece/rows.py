@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._arguments import as_bool, as_float, as_integer, check_dim, check_tensors, not_for_dtensors
+from ._arguments import as_bool, as_float, as_integer, check_dim, check_tensors, dtensor_among
 from ._script import classes_second
 from .ops import TOKEN_STATISTICS, WANTED
 
@@ -85,7 +85,18 @@ def token_statistics(
         )
     name = "token_statistics"
     check_tensors(name, {"logits": logits}, {"target": target})
-    not_for_dtensors(name, logits, target)
+    if dtensor := dtensor_among(logits, target):
+        asked = {
+            "log_prob": log_prob,
+            "entropy": entropy,
+            "logsumexp": logsumexp,
+            "collision": collision,
+            "argmax": argmax,
+            "temperature": temperature,
+            "ignore_index": ignore_index,
+        }
+        found: TokenStatistics = dtensor.token_statistics(logits, target, check_dim(name, logits, dim), **asked)
+        return found
     ignore_index = as_integer(name, "ignore_index", ignore_index)
     asked = Asked(name, target, temperature, log_prob, entropy, logsumexp, collision, argmax)
     dim = check_dim(name, logits, dim)

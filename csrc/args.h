@@ -55,6 +55,7 @@ struct CrossEntropyArgs {
 
 // The divergence of two rows of logits, x and y, for every row.
 constexpr int kPairNumbers = 8;  // that are saved of a row: numerics.h's Pair
+constexpr int kPartNumbers = 7;  // of these, that tell of a part of it: the first
 struct DivergenceArgs {
   Shape rows;
   int64_t classes;
@@ -69,6 +70,9 @@ struct DivergenceArgs {
   const void* grad_loss;  // (rows) Acc
   bool of_y;              // the gradient is y's, else x's
   Operand grad;           // rows x classes
+
+  const void* parts;  // (count_parts, kPartNumbers, rows) Acc: rows in parts, to be merged
+  int64_t count_parts;
 };
 
 // Rows with all their statistics (numerics.h), each an array (rows) Acc, null where it is not asked for. Always

@@ -592,11 +592,36 @@ inline DivergenceShapes check_divergence_shapes(const Tensor& x, const Tensor& y
 struct DivergenceOutputs {
   Tensor loss, stats;
 };
-inline DivergenceOutputs allocate_outputs(const DivergenceShapes& s, const Tensor& x) {
-  const auto options = x.options().dtype(s.acc);
+inline DivergenceOutputs allocate_divergence(c10::SymIntArrayRef rows, const at::TensorOptions& options) {
   c10::SymDimVector stats_sizes{kPairNumbers};
-  stats_sizes.append(s.rows.begin(), s.rows.end());
-  return {at::empty_symint(s.rows, options), at::empty_symint(stats_sizes, options)};
+  stats_sizes.append(rows.begin(), rows.end());
+  return {at::empty_symint(rows, options), at::empty_symint(stats_sizes, options)};
+}
+inline DivergenceOutputs allocate_outputs(const DivergenceShapes& s, const Tensor& x) {
+  return allocate_divergence(s.rows, x.options().dtype(s.acc));
+}
+// Of rows in parts: (ranks, kPartNumbers, rows...)
+inline DivergenceOutputs check_parts(const Tensor& parts) {
+  const auto sizes = parts.sym_sizes();
+  TORCH_CHECK(parts.dim() >= 2 && same(sizes[1], kPartNumbers) &&
+                  (parts.scalar_type() == at::kFloat || parts.scalar_type() == at::kDouble),
+              "cece.divergence_merge: parts must have shape (ranks, ", kPartNumbers,
+              ", rows...) and be float32 or float64, got ", sizes, " of ", parts.scalar_type());
+  return allocate_divergence(sizes.slice(2), parts.options());
+}
+struct DivergenceMerge {
+  DivergenceArgs args{};
+  Tensor parts;  // as the args point at it
+  DivergenceOutputs out;
+};
+inline DivergenceMerge check_divergence_merge(const Tensor& parts, double temperature) {
+  DivergenceMerge call{{}, parts.contiguous(), check_parts(parts)};
+  DivergenceArgs& a = call.args;
+  a.rows.count = call.out.loss.numel();
+  a.cold = 1 / temperature;
+  a.parts = data_of(call.parts), a.count_parts = parts.size(0);
+  a.loss = room_of(call.out.loss), a.stats = room_of(call.out.stats);
+  return call;
 }
 
 struct DivergenceCall {

@@ -84,8 +84,17 @@ std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, 
   return {out.loss, out.stats};
 }
 
+std::tuple<Tensor, Tensor> divergence_merge(const Tensor& parts, double) {
+  const DivergenceOutputs out = check_parts(parts);
+  return {out.loss, out.stats};
+}
+std::tuple<Tensor, Tensor> sharded_divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                                      double temperature, int64_t, const std::string&) {
+  return divergence_forward(x, y, mask, temperature, false);
+}
+
 Tensor divergence_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const MaybeTensor& mask, const Tensor&,
-                           double temperature, bool symmetric, bool of_other) {
+                           double temperature, bool symmetric, bool of_other, int64_t, const std::string&) {
   check_divergence_shapes(x, y, mask, temperature, symmetric, &grad);
   return at::empty_like(of_other ? y : x);
 }
@@ -106,5 +115,7 @@ TORCH_LIBRARY_IMPL(cece, Meta, m) {
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
   m.impl("divergence_forward", divergence_forward);
+  m.impl("divergence_merge", divergence_merge);
+  m.impl("sharded_divergence_forward", sharded_divergence_forward);
   m.impl("divergence_backward", divergence_backward);
 }

@@ -19,6 +19,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "args.h"
+
 #if defined(__CUDACC__)
 #define CECE_HD __host__ __device__ __forceinline__
 #else
@@ -388,11 +390,13 @@ template <class T>
 struct ClassPair {
   T d, distance, most, drop;  // log q - log p, |d|, max(p, q), e^-|d| - 1
 
-  CECE_HD ClassPair(const Pair<T>& pair, T x, T y)
-      : d(pair.log_ratio(x, y)),
+  CECE_HD ClassPair(T d, T surprise_p, T surprise_q)
+      : d(d),
         distance(abs_(d)),
-        most(exp_nonpositive(-lesser(pair.surprise(x, 0), pair.surprise(y, 1)))),
+        most(exp_nonpositive(-lesser(surprise_p, surprise_q))),
         drop(expm1_nonpositive(-distance)) {}
+  CECE_HD ClassPair(const Pair<T>& pair, T x, T y)
+      : ClassPair(pair.log_ratio(x, y), pair.surprise(x, 0), pair.surprise(y, 1)) {}
   CECE_HD auto p_is_greater() const { return greater(T(0), d); }
   CECE_HD T q() const { return most * select(p_is_greater(), T(1) + drop, T(1)); }
   CECE_HD T p_minus_q() const { return most * select(p_is_greater(), -drop, drop); }
@@ -505,21 +509,24 @@ CECE_HD Pair<T> begun_pair(double max_x, double log_sum_x, double max_y, double 
   return {{T(top_x), T(top_y)},  {T(log_sum_x), T(log_sum_y)}, high, T(offset - double(high)), {T(0), T(0)}, T(cold),
           {certain_x, certain_y}};
 }
-// The divergence of a row, and what was off in its Pair put right. A row that is no distribution makes all of it NaN.
+// Whether both rows are distributions: neither has a NaN or two infinities, nor nothing but -inf.
+template <class T>
+CECE_HD bool proper(const Pair<T>& pair) {
+  return pair.log_sum[0] > T(-1) && pair.log_sum[1] > T(-1);
+}
+// The divergence of a row, and what was off in its Pair put right.
 template <class Kind, class T>
 CECE_HD double finish_pair(const double (&sums)[Kind::kSums], double cold, Pair<T>& pair) {
-  const double nan = std::numeric_limits<double>::quiet_NaN();
   const double drift = sums[kDrift] / sums[kMass], c = -log1p_(drift);
   const double offset = double(pair.offset) + double(pair.offset_rest) + c / cold;
   double level[2];
   const double value = Kind::finish(sums, drift, c, level);
   pair.offset = T(offset), pair.offset_rest = T(offset - double(pair.offset));
   pair.level[0] = T(level[0]), pair.level[1] = T(level[1]);
-  if (pair.log_sum[0] > T(-1) && pair.log_sum[1] > T(-1)) return value;
-  pair.log_sum[0] = pair.log_sum[1] = T(nan);
-  return nan;
+  return proper(pair) ? value : std::numeric_limits<double>::quiet_NaN();
 }
-// A Pair as it is saved: args.h's kPairNumbers, `stride` apart.
+// A Pair as it is saved: args.h's kPairNumbers, `stride` apart, the last of which is Jensen-Shannon's only. What is no
+// distribution is NaN where it is read again, but saved as it is: beside other parts, a part may be empty.
 template <class T>
 CECE_HD void save_pair(const Pair<T>& pair, T* out, int64_t stride) {
   const T infinity = std::numeric_limits<T>::infinity();
@@ -527,7 +534,7 @@ CECE_HD void save_pair(const Pair<T>& pair, T* out, int64_t stride) {
     out[i * stride] = pair.certain[i] ? infinity : pair.max[i];
     out[(2 + i) * stride] = pair.log_sum[i];
     out[(4 + i) * stride] = i ? pair.offset_rest : pair.offset;
-    out[(6 + i) * stride] = pair.level[i];
+    out[(7 - i) * stride] = pair.level[i];
   }
 }
 template <class T>
@@ -539,10 +546,48 @@ CECE_HD Pair<T> saved_pair(const T* saved, int64_t stride, T cold) {
     pair.certain[i] = max == infinity, pair.max[i] = pair.certain[i] ? T(0) : max;
     pair.log_sum[i] = saved[(2 + i) * stride];
     (i ? pair.offset_rest : pair.offset) = saved[(4 + i) * stride];
-    pair.level[i] = saved[(6 + i) * stride];
+    pair.level[i] = saved[(7 - i) * stride];
   }
   pair.cold = cold;
+  if (!proper(pair)) pair.log_sum[0] = pair.log_sum[1] = std::numeric_limits<T>::quiet_NaN();
   return pair;
+}
+
+// A row in parts, as processes have it that share its classes: by the chain rule, with P_r and Q_r the masses of part
+// r,
+//   KL(q || p) = KL(Q || P) + sum_r Q_r KL(q_r || p_r)
+// A part is one more class. Its log Q_r - log P_r is how far its offset is from the row's, exact as these are.
+// parts: args.h's kPartNumbers of every part, saved Pairs without their last; the row's Pair goes to `row`.
+template <class T>
+CECE_HD double merge_parts(const T* parts, int64_t count, int64_t stride, double cold, Pair<T>& row) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const auto number = [&](int64_t part, int k) { return double(parts[(part * kPartNumbers + k) * stride]); };
+  LogSumExp<double> all[2];
+  for (int64_t r = 0; r < count; r++) {
+    for (int i = 0; i < 2; i++) {
+      LogSumExp<double> part;
+      part.max = number(r, i), part.rest = ::expm1(number(r, 2 + i));
+      all[i].merge(part, ExpOfScaled<double>{cold});
+    }
+  }
+  row = begun_pair<T>(all[0].max, all[0].log_sum(), all[1].max, all[1].log_sum(), cold);
+  double sums[KullbackLeibler::kSums] = {};
+  for (int64_t r = 0; r < count; r++) {
+    double surprise[2];  // -log P_r, -log Q_r
+    for (int i = 0; i < 2; i++) {
+      surprise[i] = gap(number(r, i), all[i].max) * cold + (all[i].log_sum() - number(r, 2 + i));
+    }
+    const bool both = surprise[0] < infinity && surprise[1] < infinity;
+    const double apart = (number(r, 4) - double(row.offset)) + (number(r, 5) - double(row.offset_rest));
+    const double d = both ? apart * cold : surprise[0] == surprise[1] ? 0 : surprise[0] - surprise[1];
+    const ClassPair<double> whole(d, surprise[0], surprise[1]);
+    double terms[KullbackLeibler::kSums];
+    KullbackLeibler::terms(whole, terms);
+    for (int k = 0; k < KullbackLeibler::kSums; k++) sums[k] += terms[k];
+    const double within = number(r, 6);
+    if (both) sums[kValue] += within == infinity ? within : times(whole.q(), within);
+  }
+  return finish_pair<KullbackLeibler>(sums, cold, row);
 }
 
 // --------------------------------------------------------------------------------- binary cross-entropy

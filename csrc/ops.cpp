@@ -69,14 +69,20 @@ TORCH_LIBRARY(cece, m) {
       "-> Tensor",
       tags);
   // loss: the rows' shape. stats: (8, rows...) a numerics.h Pair. symmetric: Jensen-Shannon's, else KL(other ||
-  // logits).
+  // logits). With ranks, of a process group by its size and name, the classes are those of all ranks; parts: (ranks, 7,
+  // rows...) of each rank's stats, which a merge makes those of the whole rows.
   m.def(
       "divergence_forward(Tensor logits, Tensor other, Tensor? mask, float temperature, bool symmetric) "
       "-> (Tensor loss, Tensor stats)",
       tags);
+  m.def("divergence_merge(Tensor parts, float temperature) -> (Tensor loss, Tensor stats)", tags);
+  m.def(
+      "sharded_divergence_forward(Tensor logits, Tensor other, Tensor? mask, float temperature, int ranks, str group) "
+      "-> (Tensor loss, Tensor stats)",
+      tags);
   m.def(
       "divergence_backward(Tensor grad, Tensor logits, Tensor other, Tensor? mask, Tensor stats, float temperature, "
-      "bool symmetric, bool of_other) -> Tensor",
+      "bool symmetric, bool of_other, int ranks=1, str group='') -> Tensor",
       tags);
   // Behind a matrix, in chunks of rows; sizes in linear.h. losses: each row's before its token_weight; total: what the
   // loss is divided by; the gradients: of the undivided sum, those that bits 1 input, 2 linear_weight, 4 linear_bias of

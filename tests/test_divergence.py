@@ -1,5 +1,6 @@
 """Divergences of two rows: values and gradients against an 80-bit truth, every order, top-k teachers, identities."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -269,8 +270,74 @@ def test_second_order_of_certain_rows(kind):
     x = torch.tensor([[INF, 1.0, -INF], [0.3, 1.0, 2.0]], **f64)
     y = torch.tensor([[INF, 0.0, 1.0], [0.1, 2.0, 1.0]], **f64)
     v = torch.randn(2, 3, **f64), torch.randn(2, 3, **f64)
-    for change in jvp(grad(KINDS[kind], (0, 1)), (x, y), v)[1]:
-        assert not change[0].any() and change[1].all() and change.isfinite().all()
+    for temperature in (1.0, 0.5, 2.0):
+        f = functools.partial(KINDS[kind], temperature=temperature)
+        for change in jvp(grad(f, (0, 1)), (x, y), v)[1]:
+            assert not change[0].any() and change[1].all() and change.isfinite().all()
+
+
+# ---- classes in parts, as several processes have them: each part's statistics, merged
+
+
+def in_parts(x, y, cuts, temperature=1.0):
+    """Values and gradients of KL, by the operators and without the processes."""
+    forward, merge, backward = (
+        getattr(torch.ops.cece, f"divergence_{name}") for name in ("forward", "merge", "backward")
+    )
+    parts = list(zip(x.split(cuts, 1), y.split(cuts, 1), strict=True))
+    left = torch.stack([forward(a, b, None, temperature, False)[1][:7] for a, b in parts])
+    value, stats = merge(left, temperature)
+    one = torch.ones_like(value)
+    slopes = [[backward(one, a, b, None, stats, temperature, False, of_y) for a, b in parts] for of_y in (False, True)]
+    return value, *(torch.cat(s, 1) for s in slopes)
+
+
+@pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 1.2, 20.0])
+def test_parts(backend, apart):
+    """As one process is: 1e-6 of a value down to 1e-12 nats, gradients to their size. Parts uneven, empty, many."""
+    for cuts, offset, temperature in itertools.product(
+        ([5, 0, 7, 7], [1, 1000, 24], [1] * 64), (0.0, 100.0), (1.0, 2.5)
+    ):
+        x, y = pair(3, sum(cuts), apart, offset)
+        value, gradients, scales = truth("kl", x, y, temperature)
+        ours = in_parts(x.to(backend.device), y.to(backend.device), cuts, temperature)
+        what = f"{len(cuts)} parts of {sum(cuts)}, {apart} apart, offset {offset}, temperature {temperature}"
+        tight = TOLERANCE[torch.float32]._replace(relative=1e-6, parts=1e-6)
+        assert_as_good_as_torch(ours[0], value, scale=1e-12, what=what, tolerance=tight)
+        tight = TOLERANCE[torch.float32]._replace(least=2**-140)
+        for name, a, b, scale in zip("xy", ours[1:], gradients, scales, strict=True):
+            assert_as_good_as_torch(a, b, scale=scale, what=f"{what}: {name}", tolerance=tight)
+
+
+@pytest.mark.parametrize("cuts", [[2, 2], [1, 1, 1, 1], [0, 3, 1, 0], [4]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_parts_of_uncommon_rows(backend, dtype, cuts):
+    """Parts that one or both rows rule out, certainties here and elsewhere, rows that are no distributions."""
+    x, y = (torch.tensor(t, dtype=dtype, device=backend.device) for t in zip(*IN_PARTS, strict=True))
+    whole = derived(cece.kl_divergence, x, y)
+    for ours, true in zip(in_parts(x, y, cuts), whole, strict=True):
+        torch.testing.assert_close(ours, true, equal_nan=True)
+
+
+IN_PARTS = [
+    ([0.0, 0.0, -INF, -INF], [0.0, 1.0, -INF, -INF]),
+    ([0.0, 0.0, -INF, -INF], [0.0, 1.0, -INF, 2.0]),
+    ([0.0, 0.0, -INF, 1.0], [1.0, 1.0, -INF, -3e4]),
+    ([0.0, 0.0, 1.0, 1.0], [0.0, 1.0, -INF, -INF]),
+    ([-INF, -INF, 1.0, 2.0], [-INF, -INF, 2.0, 0.0]),
+    ([-INF, 0.0, 1.0, 2.0], [-1e5, 1.0, 2.0, 0.0]),
+    ([INF, 1.0, -INF, 0.0], [INF, 0.0, 1.0, 0.0]),
+    ([INF, 1.0, 0.0, 1.0], [0.0, INF, 1.0, 0.0]),
+    ([INF, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]),
+    ([0.0, 0.0, 0.0, 1.0], [0.0, INF, 1.0, 0.0]),
+    ([INF, 0.0, 1.0, INF], [0.0, 1.0, 2.0, 1.0]),
+    ([0.0, 1.0, 2.0, 1.0], [0.0, INF, 1.0, INF]),
+    ([0.0, NAN, 1.0, 1.0], [0.0, 1.0, -INF, -INF]),
+    ([0.0, 1.0, 1.0, 1.0], [0.0, NAN, -INF, -INF]),
+    ([-INF] * 4, [0.0, 1.0, 2.0, 3.0]),
+    ([0.0, 1.0, 2.0, 3.0], [-INF] * 4),
+    ([3e38, 0.0, 0.0, 0.0], [3e38, 0.0, -3e38, 0.0]),
+]
 
 
 # ---- reductions

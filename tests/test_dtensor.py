@@ -330,6 +330,164 @@ def check_strided_shards(meshes):
     torch.testing.assert_close(loss.full_tensor(), cece.cross_entropy(x, target, reduction="none"))
 
 
+def family():
+    """Calls on (8, 6) logits, with what they are given; a result, or several."""
+    rows = {"labels": labels((8, 6)), "factor": grad(torch.rand(8)), "mask": torch.rand(8) < 0.7}
+    given = {"x": grad(torch.randn(8, 6)), "y": grad(torch.randn(8, 6)), **rows}
+    given |= {"hidden": grad(torch.randn(8, 4)), "matrix": grad(torch.randn(6, 4)), "bias": grad(torch.randn(6))}
+    given |= {"weight": torch.rand(6), "total": grad(torch.tensor(3.0))}
+    masked = torch.randn(8, 6)
+    masked[1] = -torch.inf
+    given |= {"masked": grad(masked), "probabilities": torch.rand(8, 6)}
+    calls = {
+        "z-loss": lambda a, r: cece.cross_entropy(a["x"], a["labels"], a["weight"], reduction=r, z_loss=0.1),
+        "capped": lambda a, r: cece.cross_entropy(
+            a["x"], a["probabilities"], reduction=r, logit_scale=0.7, softcap=2.0, token_weight=a["factor"]
+        ),
+        "masked rows": lambda a, r: cece.cross_entropy(a["masked"], a["labels"], reduction=r, skip_masked_rows=True),
+        "smoothed": lambda a, r: cece.cross_entropy(
+            a["x"], a["labels"], a["weight"], reduction=r, label_smoothing=0.1, token_weight=a["factor"]
+        ),
+        "kl": lambda a, r: cece.kl_divergence(a["x"], a["y"], reduction=r, temperature=2.0, token_weight=a["factor"]),
+        "kl, masked": lambda a, r: cece.kl_divergence(a["x"], a["y"], reduction=r, mask=a["mask"]),
+        "js": lambda a, r: cece.js_divergence(a["x"], a["y"], reduction=r, mask=a["mask"]),
+        "linear": lambda a, r: cece.linear_cross_entropy(
+            a["hidden"], a["matrix"], a["labels"], linear_bias=a["bias"], weight=a["weight"], reduction=r
+        ),
+        "linear, factors": lambda a, r: cece.linear_cross_entropy(
+            a["hidden"], a["matrix"], a["probabilities"], reduction=r, token_weight=a["factor"], label_smoothing=0.1
+        ),
+    }
+    for r in REDUCTIONS:
+        yield from ((f"{name}, {r}", functools.partial(call, r=r), given) for name, call in calls.items())
+    yield "batchmean", lambda a: cece.kl_divergence(a["x"], a["y"], reduction="batchmean", mask=a["mask"]), given
+    yield "normalizer", lambda a: cece.cross_entropy(a["x"], a["labels"], normalizer=a["total"]), given
+    yield "normalizer, kl", lambda a: cece.kl_divergence(a["x"], a["y"], normalizer=7.0), given
+    yield (
+        "normalizer, linear",
+        lambda a: cece.linear_cross_entropy(a["hidden"], a["matrix"], a["labels"], normalizer=a["total"]),
+        given,
+    )
+    asked = {"entropy": True, "logsumexp": True, "collision": True}
+    yield "statistics", lambda a: cece.token_statistics(a["x"], a["labels"], temperature=0.5, **asked)[:4], given
+    yield (
+        "linear statistics",
+        lambda a: cece.linear_token_statistics(a["hidden"], a["matrix"], a["labels"], **asked)[:4],
+        given,
+    )
+    yield "entropy", lambda a: cece.entropy(a["x"], dim=-1), given
+
+
+def derive_all(call, given):
+    values = call(given)
+    values = list(values) if isinstance(values, tuple) else [values]
+    wanted = {k: t for k, t in given.items() if t.requires_grad}
+    total = 0.0
+    for v in values:
+        factor = torch.linspace(0.5, 2, 8)[: v.numel()].reshape(v.shape)
+        mesh = getattr(v, "device_mesh", None)
+        total = total + (v * (distribute(factor, mesh, ["R"] * mesh.ndim) if mesh else factor)).sum()
+    return values, dict(zip(wanted, torch.autograd.grad(total, list(wanted.values()), allow_unused=True), strict=True))
+
+
+def check_the_family(meshes):
+    """Values, gradients, and where both are placed; rows and classes cut, uneven and empty parts."""
+    torch.manual_seed(1)
+    cases = list(family())
+    for codes in (["S0"], ["S1"], ["P"], ["S0", "S1"], ["S1", "S0"], ["R", "S1"], ["S1", "S1"]):
+        mesh, rows = meshes[len(codes)], without_classes(codes)
+        classes = ["S0" if c == "S1" else "R" for c in codes]
+        placed = {"x": codes, "y": codes, "masked": codes, "probabilities": codes, "hidden": rows, "matrix": classes}
+        if "P" in codes:  # 0 times -inf is no partial sum
+            placed["masked"] = ["R"]
+        placed |= {"labels": rows, "factor": rows, "mask": rows, "bias": classes, "weight": classes}
+        for name, call, given in cases:
+            truth, slopes = derive_all(call, given)
+            ours = {k: distribute(t, mesh, placed.get(k, ["R"] * len(codes))) for k, t in given.items()}
+            values, gradients = derive_all(call, ours)
+            for value, true in zip(values, truth, strict=True):
+                what = f"{name}, {codes}"
+                own = rows if true.dim() else ["R"] * len(codes)
+                assert value.placements == placements_of(own), f"{what}: {value.placements}"
+                torch.testing.assert_close(value.full_tensor(), true, equal_nan=True, msg=f"{{}}\n{what}".format)
+            for k, true in slopes.items():
+                assert (gradients[k] is None) == (true is None), f"{what}, {k}"
+                if true is not None:
+                    own = placements_of("R" if c == "P" else c for c in placed.get(k, ["R"] * len(codes)))
+                    assert gradients[k].placements == own, f"{what}, {k}: {gradients[k].placements}"
+                    torch.testing.assert_close(
+                        gradients[k].full_tensor(), true, rtol=1e-5, atol=1e-6, msg=f"{{}}\n{what}, {k}".format
+                    )
+
+
+def check_argmax_and_top_k(meshes):
+    x, y = torch.randn(8, 6), torch.randn(8, 6)
+    y = y.log_softmax(1)
+    for codes in (["S0"], ["S1"], ["S0", "S1"]):
+        mesh, rows = meshes[len(codes)], without_classes(codes)
+        d = distribute(x, mesh, codes)
+        assert torch.equal(cece.token_statistics(d, argmax=True).argmax.full_tensor(), x.argmax(1))
+        top = y.topk(3)
+        alone = [c if c == "S0" else "R" for c in codes]
+        values, indices = (distribute(t, mesh, alone) for t in top)
+        ours = cece.kl_divergence(d, values, target_indices=indices, reduction="none")
+        assert ours.placements == placements_of(rows)
+        torch.testing.assert_close(
+            ours.full_tensor(), cece.kl_divergence(x, top[0], target_indices=top[1], reduction="none")
+        )
+
+
+def check_cut_classes_are_not_gathered(meshes):
+    """What goes over the wire is 16 bytes a row, and nothing on the way back."""
+    d = distribute(grad(torch.randn(8, 64)), meshes[1], ["S1"])
+    target = torch.randint(64, (8,))
+    with torch.autograd.profiler.profile(record_shapes=True) as profile:
+        cece.cross_entropy(d, target, reduction="sum").backward()
+    sent = [e.input_shapes[0] for e in profile.function_events if e.name.startswith("_c10d_functional::all")]
+    assert sent == [[1, 4, 8]], sent
+
+
+def check_loss_parallel(meshes):
+    """torch's own function and module, patched, within and without; plain labels, as torch takes them there."""
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    x, target, weight = torch.randn(8, 6), labels((8, 6)), torch.rand(6)
+    for codes, labels_placed in ((["S1"], None), (["R", "S1"], None), (["S0", "S1"], ["S0", "R"])):
+        mesh = meshes[len(codes)]
+        for reduction in REDUCTIONS:
+            plain = x.detach().clone().requires_grad_()
+            truth = F.cross_entropy(plain, target, weight, reduction=reduction)
+            truth.sum().backward()
+            t = distribute(target, mesh, labels_placed) if labels_placed else target
+            for patched in (False, True):
+                d = distribute(grad(x), mesh, codes)
+                with loss_parallel():
+                    if patched:
+                        with cece.patch() as patch:
+                            before = patch.calls["cross_entropy"].get("cece", 0)
+                            value = torch.nn.CrossEntropyLoss(weight, reduction=reduction)(d, t)
+                            assert patch.calls["cross_entropy"]["cece"] == before + 1, patch.calls
+                    else:
+                        value = cece.cross_entropy(d, t, weight, reduction=reduction)
+                    value.sum().backward()
+                own = without_classes(codes) if reduction == "none" else ["R"] * len(codes)
+                assert value.placements == placements_of(own) and d.grad.placements == d.placements
+                torch.testing.assert_close(value.full_tensor(), truth)
+                torch.testing.assert_close(d.grad.full_tensor(), plain.grad)
+    with loss_parallel(), pytest.raises(RuntimeError, match="target must be a DTensor"):
+        cece.cross_entropy(distribute(x, meshes[2], ["S0", "S1"]), target)
+
+
+def check_compiled_class_shards(meshes):
+    x, target = torch.rand(8, 6), labels((8, 6))
+    d, t = distribute(grad(x), meshes[1], ["S1"]), distribute(target, meshes[1], ["R"])
+    compiled = torch.compile(lambda x, t: cece.cross_entropy(x, t), backend="aot_eager", fullgraph=True)
+    compiled(d, t).backward()
+    x = x.detach().requires_grad_()
+    cece.cross_entropy(x, target).backward()
+    torch.testing.assert_close(d.grad.full_tensor(), x.grad)
+
+
 def check_labels_out_of_range_are_named(meshes):
     target = labels((8, 6))
     target[7] = 6

@@ -1,6 +1,7 @@
 // Derivatives of the divergences of two rows.
 #include <torch/library.h>
 
+#include "../ranks.h"
 #include "node.h"
 
 namespace cece {
@@ -9,9 +10,10 @@ namespace {
 struct DivergenceOptions {
   double temperature;
   bool symmetric;
+  Ranks ranks;            // that share the classes
   bool of_other = false;  // of a backward: whose gradient it is
 
-  auto all() { return std::tie(temperature, symmetric, of_other); }
+  auto all() { return std::tie(temperature, symmetric, ranks.count, ranks.group, of_other); }
 };
 
 std::tuple<Tensor, Tensor> call_divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
@@ -22,13 +24,36 @@ std::tuple<Tensor, Tensor> call_divergence_forward(const Tensor& x, const Tensor
           .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const MaybeTensor&, double, bool)>();
   return op.call(x, y, mask, o.temperature, o.symmetric);
 }
+std::tuple<Tensor, Tensor> call_divergence_merge(const Tensor& parts, double temperature) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cece::divergence_merge", "")
+                             .typed<std::tuple<Tensor, Tensor>(const Tensor&, double)>();
+  return op.call(parts, temperature);
+}
+std::tuple<Tensor, Tensor> call_sharded_divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                                           const DivergenceOptions& o) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cece::sharded_divergence_forward", "")
+                             .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const MaybeTensor&, double,
+                                                               int64_t, const std::string&)>();
+  return op.call(x, y, mask, o.temperature, o.ranks.count, o.ranks.group);
+}
 Tensor call_divergence_backward(const Tensor& g, const Tensor& x, const Tensor& y, const MaybeTensor& mask,
                                 const Tensor& stats, const DivergenceOptions& o, bool of_other) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("cece::divergence_backward", "")
                              .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&,
-                                           const Tensor&, double, bool, bool)>();
-  return op.call(g, x, y, mask, stats, o.temperature, o.symmetric, of_other);
+                                           const Tensor&, double, bool, bool, int64_t, const std::string&)>();
+  return op.call(g, x, y, mask, stats, o.temperature, o.symmetric, of_other, o.ranks.count, o.ranks.group);
+}
+
+// A row's numbers but the one that its parts have no use for, of all ranks, as one row's.
+std::tuple<Tensor, Tensor> sharded(const Tensor& x, const Tensor& y, const MaybeTensor& mask, double temperature,
+                                   int64_t ranks, const std::string& group) {
+  const DivergenceOptions o{temperature, /*symmetric=*/false, {ranks, group}};
+  auto out = call_divergence_forward(x, y, mask, o);
+  if (ranks == 1) return out;
+  return call_divergence_merge(gather(std::get<1>(out).narrow(0, 0, kPartNumbers), o.ranks), temperature);
 }
 
 // One call in plain torch operators; shapes (N, C, d...), rows (N, 1, d...). The gradients of a row's divergence are
@@ -44,9 +69,8 @@ struct DivergenceFormulas {
   DivergenceFormulas(const Tensor& x, const Tensor& y, const Tensor& mask, const Tensor& stats,
                      const DivergenceOptions& o)
       : x(x), y(y), mask(mask), stats(stats), o(o), dim(x.dim() == 1 ? 0 : 1), acc(acc_type({&x, &y})) {
-    const Tensor u = finite(x, 0), v = finite(y, 1);
-    p = at::softmax(u, dim), log_p = bounded(at::log_softmax(u, dim));
-    q = at::softmax(v, dim), log_q = bounded(at::log_softmax(v, dim));
+    std::tie(p, log_p) = softmax(x, 0);
+    std::tie(q, log_q) = softmax(y, 1);
   }
 
   // a, but 0 in rows that are left out, whatever is in them. Of inputs, not of results: what came of a NaN would be
@@ -54,8 +78,8 @@ struct DivergenceFormulas {
   Tensor used(const Tensor& a) const {
     return mask.defined() ? a.masked_fill(mask.logical_not().unsqueeze(dim), 0) : a;
   }
-  Tensor scaled(const Tensor& grad) const { return used(grad.unsqueeze(dim)); }
-  Tensor sum(const Tensor& a) const { return a.sum(dim, true); }
+  Tensor scaled(const Tensor& grad) const { return used(copy_to_shards(grad, o.ranks).unsqueeze(dim)); }
+  Tensor sum(const Tensor& a) const { return sum_for_shards(a.sum(dim, true), o.ranks); }
 
   // The change of the gradient in x, or in y (of_other), of a divergence, along a change of x and of y, either of which
   // may be absent. Second derivatives are symmetric: what a gradient along v is in x and y is its change along v.
@@ -87,18 +111,23 @@ struct DivergenceFormulas {
   // d(divergence), for a change v of x or of y. Not in their dtype: it is added up before it is rounded.
   Tensor along_gradient(const Tensor& v, bool of_other) const {
     const Tensor ones = at::ones_like(stats.select(0, 0));
-    return (call_divergence_backward(ones, x.to(acc), y.to(acc), maybe(mask), stats, o, of_other) * used(v)).sum(dim);
+    const Tensor slope = call_divergence_backward(ones, x.to(acc), y.to(acc), maybe(mask), stats, o, of_other);
+    return sum_of_shards((slope * used(v)).sum(dim), o.ranks);
   }
 
  private:
-  // Of T log p: in a row that is one certain class, whose maximum is +inf, finite numbers far apart say so too.
-  Tensor finite(const Tensor& a, int64_t row) const {
-    const Tensor log_sum = stats.select(0, 2 + row);
-    const Tensor certain =
-        (stats.select(0, row) == std::numeric_limits<double>::infinity()).logical_and(log_sum == log_sum);
-    const Tensor most = at::full_like(log_sum, std::numeric_limits<double>::infinity());
-    const Tensor top = most.masked_fill(certain, largest()).unsqueeze(dim);
-    return at::minimum(used(a).to(acc), top) / o.temperature;
+  // Masses and their logarithms. In a row that is one certain class, whose maximum is +inf, finite numbers far apart
+  // say so too.
+  std::tuple<Tensor, Tensor> softmax(const Tensor& a, int64_t row) const {
+    const Tensor max = stats.select(0, row);
+    const Tensor proper = stats.narrow(0, 2, 2).gt(-1).all(0);
+    const Tensor certain = (max == std::numeric_limits<double>::infinity()).logical_and(proper);
+    const double far = largest() * std::min(1.0, o.temperature);  // finite, too, when it is divided by that
+    const Tensor most = at::full_like(max, std::numeric_limits<double>::infinity()).masked_fill(certain, far);
+    const Tensor u = at::minimum(used(a).to(acc), most.unsqueeze(dim)) / o.temperature;
+    if (o.ranks.count == 1) return {at::softmax(u, dim), bounded(at::log_softmax(u, dim))};
+    const Tensor d = u - at::minimum(max, most).unsqueeze(dim) / o.temperature, log_mass = d - sum(d.exp()).log();
+    return {log_mass.exp(), bounded(log_mass)};
   }
   double largest() const {
     return acc == at::kDouble ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
@@ -128,14 +157,14 @@ struct DivergenceBackward {
   }
 };
 
-std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
-                                              double temperature, bool symmetric) {
-  if (!all_plain(x, y, get(mask))) check_divergence_shapes(x, y, mask, temperature, symmetric);
-  const DivergenceOptions o{temperature, symmetric};
+template <class Call>
+std::tuple<Tensor, Tensor> forward(Call&& call, const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                   const DivergenceOptions& o) {
+  if (!all_plain(x, y, get(mask))) check_divergence_shapes(x, y, mask, o.temperature, o.symmetric);
   std::tuple<Tensor, Tensor> out;
   {
     at::AutoDispatchBelowADInplaceOrView below;
-    out = call_divergence_forward(x, y, mask, o);
+    out = call(x, y, mask, o);
   }
   const auto& [loss, stats] = out;
   record<DivergenceBackward>({loss}, o, {x, y, get(mask), stats});
@@ -150,6 +179,15 @@ std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, 
   return out;
 }
 
+std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                              double temperature, bool symmetric) {
+  return forward(call_divergence_forward, x, y, mask, {temperature, symmetric});
+}
+std::tuple<Tensor, Tensor> sharded_divergence_forward(const Tensor& x, const Tensor& y, const MaybeTensor& mask,
+                                                      double temperature, int64_t ranks, const std::string& group) {
+  return forward(call_sharded_divergence_forward, x, y, mask, {temperature, /*symmetric=*/false, {ranks, group}});
+}
+
 struct DivergenceBackwardBackward {
   using Options = DivergenceOptions;
   static constexpr const char* kName = "DivergenceBackwardBackward";
@@ -159,7 +197,7 @@ struct DivergenceBackwardBackward {
     const Tensor &g = saved[0], &x = saved[1], &y = saved[2];
     variable_list out(kEdges);
     const auto formulas = [&](bool of_other) {
-      return DivergenceFormulas(x, y, saved[3], saved[4], {o.temperature, o.symmetric, of_other});
+      return DivergenceFormulas(x, y, saved[3], saved[4], {o.temperature, o.symmetric, o.ranks, of_other});
     };
     if (needs[0]) out[0] = formulas(o.of_other).along_gradient(v, o.of_other).to(g.scalar_type());
     // The change of x's (y's) gradient along v, where v is in the place of this gradient's own logits.
@@ -174,8 +212,9 @@ struct DivergenceBackwardBackward {
 };
 
 Tensor divergence_backward(const Tensor& g, const Tensor& x, const Tensor& y, const MaybeTensor& mask,
-                           const Tensor& stats, double temperature, bool symmetric, bool of_other) {
-  const DivergenceOptions o{temperature, symmetric, of_other};
+                           const Tensor& stats, double temperature, bool symmetric, bool of_other, int64_t ranks,
+                           const std::string& group) {
+  const DivergenceOptions o{temperature, symmetric, {ranks, group}, of_other};
   Tensor grad;
   {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -197,7 +236,10 @@ Tensor divergence_backward(const Tensor& g, const Tensor& x, const Tensor& y, co
 }  // namespace
 }  // namespace cece
 
+TORCH_LIBRARY_IMPL(cece, CPU, m) { m.impl("sharded_divergence_forward", cece::sharded); }
+TORCH_LIBRARY_IMPL(cece, CUDA, m) { m.impl("sharded_divergence_forward", cece::sharded); }
 TORCH_LIBRARY_IMPL(cece, Autograd, m) {
   m.impl("divergence_forward", cece::divergence_forward);
+  m.impl("sharded_divergence_forward", cece::sharded_divergence_forward);
   m.impl("divergence_backward", cece::divergence_backward);
 }

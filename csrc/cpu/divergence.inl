@@ -127,6 +127,15 @@ struct Divergence {
     });
   }
 
+  static void merge(const Args& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      Pair<A> pair;
+      static_cast<A*>(a.loss)[row] =
+          A(merge_parts(static_cast<const A*>(a.parts) + row, a.count_parts, a.rows.count, a.cold, pair));
+      save_pair(pair, static_cast<A*>(a.stats) + row, a.rows.count);
+    }
+  }
+
   // ---- backward
 
   template <class Kind>
@@ -168,7 +177,7 @@ struct Divergence {
     });
   }
 
-  static constexpr DivergenceKernels<A> kernels = {forward, backward};
+  static constexpr DivergenceKernels<A> kernels = {forward, backward, merge};
 };
 
 }  // namespace

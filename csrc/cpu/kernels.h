@@ -65,6 +65,7 @@ template <class A>
 struct DivergenceKernels {  // tasks: rows
   void (*forward)(const DivergenceArgs&, Scratch&, int64_t begin, int64_t end);
   void (*backward)(const DivergenceArgs&, Scratch&, int64_t begin, int64_t end);
+  void (*merge)(const DivergenceArgs&, int64_t begin, int64_t end);
 };
 
 struct Kernels {

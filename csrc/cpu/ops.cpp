@@ -352,8 +352,18 @@ std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, 
   return {out.loss, out.stats};
 }
 
+std::tuple<Tensor, Tensor> divergence_merge(const Tensor& parts, double temperature) {
+  DivergenceMerge call = check_divergence_merge(parts, temperature);
+  const auto run = [&](const auto& k) {
+    parallel(call.args.rows.count, 256, [&](int64_t b, int64_t e) { k.merge(call.args, b, e); });
+  };
+  call.parts.scalar_type() == at::kDouble ? run(kernels().divergence_f64) : run(kernels().divergence_f32);
+  return {call.out.loss, call.out.stats};
+}
+
 Tensor divergence_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const MaybeTensor& mask,
-                           const Tensor& stats, double temperature, bool symmetric, bool of_other) {
+                           const Tensor& stats, double temperature, bool symmetric, bool of_other, int64_t,
+                           const std::string&) {
   const Tensor out = empty_gradient(of_other ? y : x);
   DivergenceCall call = check_divergence(x, y, mask, temperature, symmetric, &grad, &stats, &out);
   DivergenceArgs& a = call.args;
@@ -399,5 +409,6 @@ TORCH_LIBRARY_IMPL(cece, CPU, m) {
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
   m.impl("divergence_forward", divergence_forward);
+  m.impl("divergence_merge", divergence_merge);
   m.impl("divergence_backward", divergence_backward);
 }

@@ -10,6 +10,8 @@
 
 namespace cece::cuda {
 
+constexpr int kMergeThreads = 128;  // a row each
+
 // What the threads of a row have seen of it: both log-sums.
 template <class A>
 struct PairSeen {
@@ -134,6 +136,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   save_pair(pair, static_cast<A*>(a.stats) + row, a.rows.count);
 }
 
+template <class A>
+__global__ void __launch_bounds__(kMergeThreads) merge_pairs(const __grid_constant__ DivergenceArgs a) {
+  const int64_t row = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (row >= a.rows.count) return;
+  Pair<A> pair;
+  static_cast<A*>(a.loss)[row] =
+      A(merge_parts(static_cast<const A*>(a.parts) + row, a.count_parts, a.rows.count, a.cold, pair));
+  save_pair(pair, static_cast<A*>(a.stats) + row, a.rows.count);
+}
+
 template <class S, class Kind, bool kOfY>
 __global__ void __launch_bounds__(kMaxThreads)
     backward_pairs(const __grid_constant__ DivergenceArgs a, AccOf<S> cold, int lanes) {
@@ -185,7 +197,12 @@ struct Divergence {
   static void backward(const Args& a, const Device& d) {
     a.symmetric ? backward_of<JensenShannon>(a, d) : backward_of<KullbackLeibler>(a, d);
   }
-  static constexpr DivergenceKernels kernels = {forward, backward};
+  static void merge(const Args& a, const Device& d) {
+    if (a.rows.count == 0) return;
+    launch(merge_pairs<A>, dim3(unsigned((a.rows.count + kMergeThreads - 1) / kMergeThreads)), kMergeThreads,
+           static_cast<cudaStream_t>(d.stream), 1, a);
+  }
+  static constexpr DivergenceKernels kernels = {forward, backward, std::is_same_v<S, A> ? merge : nullptr};
 };
 
 }  // namespace cece::cuda

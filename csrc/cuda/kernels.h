@@ -27,6 +27,7 @@ struct BinaryCrossEntropyKernels {
 struct DivergenceKernels {
   void (*forward)(const DivergenceArgs&, const Device&);
   void (*backward)(const DivergenceArgs&, const Device&);
+  void (*merge)(const DivergenceArgs&, const Device&);  // null where sums are not formed in the storage type
 };
 struct Kernels {
   RowKernels<CrossEntropyArgs> cross_entropy;

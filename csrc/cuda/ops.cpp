@@ -225,8 +225,17 @@ std::tuple<Tensor, Tensor> divergence_forward(const Tensor& x, const Tensor& y, 
   return {out.loss, out.stats};
 }
 
+std::tuple<Tensor, Tensor> divergence_merge(const Tensor& parts, double temperature) {
+  const c10::DeviceGuard guard(parts.device());
+  DivergenceMerge call = check_divergence_merge(parts, temperature);
+  kernels(call.parts.scalar_type(), call.parts).divergence.merge(call.args, current_device(parts));
+  check_launch();
+  return {call.out.loss, call.out.stats};
+}
+
 Tensor divergence_backward(const Tensor& grad, const Tensor& x, const Tensor& y, const MaybeTensor& mask,
-                           const Tensor& stats, double temperature, bool symmetric, bool of_other) {
+                           const Tensor& stats, double temperature, bool symmetric, bool of_other, int64_t,
+                           const std::string&) {
   const c10::DeviceGuard guard(x.device());
   const Tensor out = at::empty_like(of_other ? y : x);
   DivergenceCall call = check_divergence(x, y, mask, temperature, symmetric, &grad, &stats, &out);
@@ -249,6 +258,7 @@ void register_all(torch::Library& m) {
   m.impl("binary_cross_entropy_forward", binary_cross_entropy_forward);
   m.impl("binary_cross_entropy_backward", binary_cross_entropy_backward);
   m.impl("divergence_forward", divergence_forward);
+  m.impl("divergence_merge", divergence_merge);
   m.impl("divergence_backward", divergence_backward);
 }
 

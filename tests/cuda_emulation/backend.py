@@ -28,6 +28,7 @@ OPERATORS = [
     "binary_cross_entropy_forward",
     "binary_cross_entropy_backward",
     "divergence_forward",
+    "divergence_merge",
     "divergence_backward",
 ]
 # -O1 compiles in half the time of -O2 and runs as fast: the emulator spends its time in switches between stacks.
