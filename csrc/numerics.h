@@ -109,6 +109,10 @@ CECE_HD float reciprocal_unit(float d) {
 #else
 CECE_HD float reciprocal_unit(float d) { return CECE_GPU(1 / d, d, 1); }
 #endif
+template <class T>
+CECE_HD T ratio_unit(T a, T d) {  // a / d for such d
+  return a * reciprocal_unit(d);
+}
 // log(1 + z) for -1/2 <= z <= 1, at most 2 ULP beside those of s: 2 atanh(s) = 2 s (1 + s^2 Q(s^2)), s = z / (2 + z),
 // |s| <= 1/3; Q is a minimax polynomial (relative error 1.6e-8). A small z keeps all its bits. F: float, or lanes of
 // it.
@@ -120,7 +124,7 @@ CECE_HD F log1p_of_ratio(F s) {
   q = fmadd(q, u, F(3.33333194e-1f));
   return fmadd(twice * u, q, twice);
 }
-CECE_HD float log1p_unit(float z) { return log1p_of_ratio(z * reciprocal_unit(z + 2.f)); }
+CECE_HD float log1p_unit(float z) { return log1p_of_ratio(ratio_unit(z, z + 2.f)); }
 // The same where 1 / (z + 2) is at hand
 CECE_HD float log1p_unit(float z, float one_over) { return log1p_of_ratio(z * one_over); }
 CECE_HD double log1p_unit(double z, double) { return ::log1p(z); }
@@ -602,6 +606,22 @@ CECE_HD T weighted(T weight, T loss) {
 // p. All other derivatives, of every order, come from these two (autograd/number.h), so neither may hide one: a value
 // that is not selected is made finite before it is divided by.
 
+// A pos_weight that is 1 everywhere: it costs no product, and the truth's masses 1 - y and y make 1.
+struct One {
+  template <class T>
+  friend CECE_HD T operator*(One, T x) {
+    return x;
+  }
+};
+template <class T>
+CECE_HD T total_mass(T negative, T positive, T) {
+  return negative + positive;
+}
+template <class T>
+CECE_HD One total_mass(T, T, One) {
+  return One();
+}
+
 // On logits: (1 - y) softplus(x) + p y softplus(-x), with softplus(x) = max(x, 0) + log1p(e^{-|x|}) and p the
 // pos_weight. Of max(x, 0) and max(-x, 0) one is 0 and the other |x|. The textbook's
 // max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
@@ -610,18 +630,19 @@ struct BinaryCrossEntropyWithLogits {
 
   CECE_HD explicit BinaryCrossEntropyWithLogits(const double*) {}
 
-  template <class T, class E = Exp>
-  CECE_HD static T loss(T x, T y, T pos_weight, E exp = E()) {
+  template <class T, class P, class E = Exp>
+  CECE_HD static T loss(T x, T y, P pos_weight, E exp = E()) {
     const T negative = T(1) - y, positive = pos_weight * y;
     const T wrong = select(greater(T(0), x), positive, negative);  // the mass on the other side of x
-    return times(wrong, abs_(x)) + (negative + positive) * log1p_unit(exp(-abs_(x)));
+    const T down = -abs_(x);
+    return total_mass(negative, positive, pos_weight) * log1p_unit(exp(down)) - times(wrong, down);
   }
-  // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential
-  template <class T, class E = Exp>
-  CECE_HD static T slope(T x, T y, T pos_weight, E exp = E()) {
-    const T z = exp(-abs_(x)), big = reciprocal_unit(T(1) + z), small = z * big;
+  // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential and one division
+  template <class T, class P, class E = Exp>
+  CECE_HD static T slope(T x, T y, P pos_weight, E exp = E()) {
+    const T z = exp(-abs_(x));
     const auto below = greater(T(0), x);
-    return (T(1) - y) * select(below, small, big) - pos_weight * y * select(below, big, small);
+    return ratio_unit((T(1) - y) * select(below, z, T(1)) - pos_weight * y * select(below, T(1), z), T(1) + z);
   }
 };
 
@@ -632,13 +653,13 @@ struct BinaryCrossEntropy {
 
   CECE_HD explicit BinaryCrossEntropy(const double*) {}
 
-  template <class T, class E = Exp>
-  CECE_HD static T loss(T x, T y, T, E = E()) {
+  template <class T, class P, class E = Exp>
+  CECE_HD static T loss(T x, T y, P, E = E()) {
     return y * minus_log(x) + (T(1) - y) * minus_log_of_rest(x);
   }
   // (1 - y) / (1 - x) - y / x, whose derivative does not cancel, where (x - y) / (x (1 - x)) would have one that does
-  template <class T, class E = Exp>
-  CECE_HD static T slope(T x, T y, T, E = E()) {
+  template <class T, class P, class E = Exp>
+  CECE_HD static T slope(T x, T y, P, E = E()) {
     const auto clamped = greater(T(1e-12), (T(1) - x) * x);
     const T inside = select(clamped, T(0.5), x);
     return select(clamped, (x - y) * T(1e12), (T(1) - y) / (T(1) - inside) - y / inside);
@@ -648,13 +669,19 @@ struct BinaryCrossEntropy {
     const auto cut = greater(T(3.7200759760208361e-44), x);  // e^-100
     return select(cut, T(100), -log_(select(cut, T(1), x)));
   }
-  // log(1 - x): the rounding of 1 - x, which is known exactly, is put back to first order.
+  // log(1 - x): the rounding of 1 - x, which is known exactly, is put back to first order. It is 0 from x = 1/2 on, and
+  // below 1 + x is enough for 1 / (1 - x).
   template <class T>
   CECE_HD static T minus_log_of_rest(T x) {
     const T q = T(1) - x, lost = (T(1) - q) - x;
     const auto cut = equal(q, T(0));
-    const T rest = select(cut, T(1), q);
-    return select(cut, T(100), -(log_(rest) + lost / rest));
+    return select(cut, T(100), -(log_(select(cut, T(1), q)) + (lost + lost * x)));
+  }
+  // The loss where y is 0 or 1 (yes) in all lanes: one logarithm
+  template <class T, class Mask>
+  CECE_HD static T loss_of_outcome(T x, Mask yes) {
+    const T rest = T(1) - x, lost = select(yes, T(0), (T(1) - rest) - x);
+    return lesser(-(log_(select(yes, x, rest)) + (lost + lost * x)), T(100));
   }
 };
 

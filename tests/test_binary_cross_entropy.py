@@ -159,6 +159,60 @@ def test_probabilities_of_0_and_1(backend, dtype):
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), x), torch.autograd.grad(theirs.sum(), x))
 
 
+# around where float32 rounds 1 - x, where the logarithm's table changes over, and where torch's -100 begins
+EDGES = [
+    0,
+    1,
+    1e-45,
+    3.7e-44,
+    3.9e-44,
+    1e-38,
+    1e-30,
+    2**-25,
+    2**-24,
+    1e-7,
+    1e-3,
+    0.0625,
+    0.25,
+    0.3,
+    0.4999,
+    0.5,
+    0.5001,
+]
+EDGES += [0.75, 0.7501, 0.9375, 0.999, 1 - 2**-23, 1 - 2**-24]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_outcomes_beside_probabilities(backend, reduction):
+    """Truths of 0 and 1 take one logarithm on a CPU wherever a vector has no others: with one other at every place."""
+    x = torch.cat([torch.tensor(EDGES), torch.rand(84 - len(EDGES))])[torch.randperm(84)]
+    wide = x.double()
+    for other in [None, *range(0, 84, 1 if backend.name == "cpu" else 20)]:
+        y = torch.randint(2, (84,)).float()
+        if other is not None:
+            y[other] = torch.rand(())
+        ours = cece.binary_cross_entropy(x.to(backend.device), y.to(backend.device), reduction=reduction)
+        truth = -y.double() * wide.log().clamp_min(-100) - (1 - y.double()) * (-wide).log1p().clamp_min(-100)
+        assert_as_good_as_torch(ours, truth if reduction == "none" else truth.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["input", "target"])
+def test_which_probability_is_none(which, dtype):
+    """The first of them, at any place of a vector and in its tail. -0 is one."""
+    good = {"input": torch.rand(75).to(dtype), "target": torch.randint(2, (75,)).to(dtype)}
+    signed = {name: t.clone() for name, t in good.items()}
+    signed["input"][::9] = signed["target"][::7] = -0.0  # looked at one by one, as what is beside them is then
+    cece.binary_cross_entropy(**signed)
+    nan = torch.tensor(float("nan"), dtype=dtype)
+    none = [-1e-30, 1.01, float("inf"), -float("inf"), nan, -nan]
+    for place in range(75):
+        wrong = {name: t.clone() for name, t in good.items()}
+        wrong[which][place : place + 2] = none[place % len(none)]
+        with pytest.raises(RuntimeError, match=rf"got {which}\[{place}\] = "):
+            cece.binary_cross_entropy(**wrong)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_is_modified(backend, name):
     t = make(name, (33, 31), torch.float32, weight=(31,), pos_weight=(31,))

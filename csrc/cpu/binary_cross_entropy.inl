@@ -4,6 +4,8 @@
 // not a contiguous run there (broadcast, strided, of another dtype) is brought into a buffer in L1 first; a truth of
 // listed classes is written out there, block by block, and nowhere else.
 #pragma once
+#include <numeric>
+
 #include "block.h"
 #include "kernels.h"
 
@@ -51,6 +53,7 @@ inline const A* gather(const Shape& s, const Operand& t, int64_t begin, int64_t 
 template <class A>
 struct BinaryCrossEntropyOf {
   using V = Vec<A>;
+  using Int = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
   using Args = BinaryCrossEntropyArgs;
   static constexpr int64_t kLanes = V::size();
 
@@ -90,63 +93,83 @@ struct BinaryCrossEntropyOf {
     });
     return y;
   }
-  static V optional(const A* t, int64_t i, int64_t count) { return t ? load_vector(t + i, count) : V(A(1)); }
 
   // Reports the first of n elements that is no probability, or whose target is none.
   static void check(const Args& a, const Inputs& in, int64_t begin, int64_t n) {
-    const auto fine = [](auto v) { return (v >= decltype(v)(A(0))) & (v <= decltype(v)(A(1))); };
-    V all = V(A(0)) == V(A(0));
+    const auto fine = [](A v) { return v >= A(0) && v <= A(1); };
+    // As integers the bits of a probability lie between those of 0 and 1: neither they nor 1 minus them have a sign.
+    const auto out = [](V v) { return v | at::vec::cast<A>(at::vec::cast<Int>(V(A(1))) - at::vec::cast<Int>(v)); };
+    V signs = V(A(0));
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) all = all & fine(V::loadu(in.x + i)) & fine(V::loadu(in.y + i));
-    bool good = all.zero_mask() == 0;
+    for (; i + kLanes <= n; i += kLanes) signs = signs | out(V::loadu(in.x + i)) | out(V::loadu(in.y + i));
+    A lane[kLanes];
+    signs.store(lane);
+    bool good = std::none_of(lane, lane + kLanes, [](A x) { return std::signbit(x); });
     for (; i < n; i++) good = good && fine(in.x[i]) && fine(in.y[i]);
     for (i = 0; !good && i < n; i++) {
       if (!(fine(in.x[i]) && fine(in.y[i]))) return report(a.bad, begin + i);
     }
   }
 
-  // kOptions: with a mask or a truth that is not taken as it is; what a plain call does not need is compiled out.
-  template <bool kOptions>
-  static V truth(const Args& a, V y) {
-    return kOptions ? smoothed(y, V(A(a.keep)), V(A(a.spread))) : y;
+  // kOptions: with weights, a mask or a smoothed truth; what a plain call does not need is compiled out.
+  template <bool kOptions, class Loss>
+  static V loss_of(const Args& a, const Loss& l, const Inputs& in, int64_t i, int64_t count) {
+    const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
+    if constexpr (Loss::kProbabilities) {
+      if (everywhere(equal(y * y, y))) return l.loss_of_outcome(x, greater(y, V(A(0))));
+    }
+    if constexpr (kOptions) {
+      return l.loss(x, y, in.p ? load_vector(in.p + i, count) : V(A(1)));
+    } else {
+      return l.loss(x, y, One());
+    }
   }
   template <bool kOptions>
-  static V unmasked(const Inputs& in, int64_t i, int64_t count, V value) {
-    return kOptions && in.m ? select(greater(load_vector(in.m + i, count), V(A(0))), value, V(A(0))) : value;
+  static V truth(const Args& a, const Inputs& in, int64_t i, int64_t count) {
+    const V y = load_vector(in.y + i, count);
+    return kOptions ? smoothed(y, V(A(a.keep)), V(A(a.spread))) : y;
   }
 
   template <bool kOptions, class Loss>
   static void forward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
     constexpr int64_t kSum = 8 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
-    double total = 0;
-    int64_t used = 0;
-    const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
-    for (int64_t begin = task * kChunk, n; begin < end; begin += n) {
+    double total[kLanes] = {};
+    V used(A(0));  // of masked elements how many count: a chunk's are few enough for a float
+    const int64_t begin_of_task = task * kChunk, end = std::min(begin_of_task + kChunk, a.shape.count);
+    for (int64_t begin = begin_of_task, n; begin < end; begin += n) {
       n = block_length(a.shape, begin, end);
       const Inputs in = read(a, begin, n, b);
       if constexpr (Loss::kProbabilities) check(a, in, begin, n);
-      A* out = a.loss ? static_cast<A*>(a.loss) + begin : nullptr;
+      const auto value = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        V loss = loss_of<kOptions>(a, l, in, i, count);
+        if (kOptions && in.w) loss = weighted(load_vector(in.w + i, count), loss);
+        if (kOptions && in.m) {
+          const auto kept = greater(load_vector(in.m + i, count), V(A(0)));
+          loss = select(kept, loss, V(A(0)));
+          used = used + select(kept, V(A(1)), V(A(0)));
+        }
+        return loss;
+      };
+      if (a.loss) {
+        A* const out = static_cast<A*>(a.loss) + begin;
+        each_vector<A>(n, [&](int64_t i, int64_t count) { store_vector(out + i, value(i, count), count); });
+        continue;
+      }
       for (int64_t from = 0; from < n; from += kSum) {
         V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
         each_vector_in_turn<A, 4>(std::min(kSum, n - from), [&](int64_t offset, int64_t count, int turn) {
-          const int64_t i = from + offset;
-          const V y = truth<kOptions>(a, load_vector(in.y + i, count));
-          V loss = l.loss(load_vector(in.x + i, count), y, optional(in.p, i, count));
-          if (in.w) loss = weighted(load_vector(in.w + i, count), loss);
-          loss = unmasked<kOptions>(in, i, count, loss);
-          if (out) {
-            store_vector(out + i, loss, count);
-          } else {
-            sum[turn] = sum[turn] + (count == kLanes ? loss : first_lanes(loss, count));
-          }
+          const V loss = value(from + offset, count);
+          sum[turn] = sum[turn] + (count == kLanes ? loss : first_lanes(loss, count));
         });
-        total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+        A lane[kLanes];
+        ((sum[0] + sum[1]) + (sum[2] + sum[3])).store(lane);
+        for (int64_t k = 0; k < kLanes; k++) total[k] += double(lane[k]);
       }
-      used += kOptions && in.m ? n - std::count(in.m, in.m + n, A(0)) : n;
     }
     if (!a.partial) return;
-    static_cast<double*>(a.partial)[2 * task] = total;
-    static_cast<double*>(a.partial)[2 * task + 1] = double(used);
+    static_cast<double*>(a.partial)[2 * task] = std::accumulate(total, total + kLanes, 0.0);
+    const bool masked = a.mask.data;
+    static_cast<double*>(a.partial)[2 * task + 1] = double(masked ? sum_lanes(used) : A(end - begin_of_task));
   }
 
   template <bool kOptions, class Loss>
@@ -163,11 +186,16 @@ struct BinaryCrossEntropyOf {
       const bool direct = one_run(a.shape, begin, n);
       A* out = direct ? room(a.grad_input, offset_of(a.shape, a.grad_input, begin), out_stride, b.out) : b.out;
       each_vector<A>(n, [&](int64_t i, int64_t count) {
-        const V y = truth<kOptions>(a, load_vector(in.y + i, count));
-        V slope = l.slope(load_vector(in.x + i, count), y, optional(in.p, i, count));
-        if (in.w) slope = slope * load_vector(in.w + i, count);
+        const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
+        V slope;
+        if constexpr (kOptions) {
+          slope = l.slope(x, y, in.p ? load_vector(in.p + i, count) : V(A(1)));
+          if (in.w) slope = slope * load_vector(in.w + i, count);
+        } else {
+          slope = l.slope(x, y, One());
+        }
         slope = slope * (g ? load_vector(g + i, count) : common);
-        slope = unmasked<kOptions>(in, i, count, slope);
+        if (kOptions && in.m) slope = select(greater(load_vector(in.m + i, count), V(A(0))), slope, V(A(0)));
         stream&& out != b.out ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
       });
       each_run(a.shape, a.grad_input, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
@@ -183,7 +211,8 @@ struct BinaryCrossEntropyOf {
   static void visit_kernel(const Args& a, F&& f) {
     visit_loss<A>(a.kind, a.own, [&](const auto& loss) {
       if constexpr (std::is_empty_v<std::decay_t<decltype(loss)>>) {
-        if (!a.mask.data && a.keep == 1 && a.spread == 0) return f(loss, std::false_type());
+        const bool plain = !a.weight.data && !a.pos_weight.data && !a.mask.data && a.keep == 1 && a.spread == 0;
+        if (plain) return f(loss, std::false_type());
       }
       f(loss, std::true_type());
     });

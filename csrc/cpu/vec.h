@@ -26,6 +26,16 @@ inline Vec<float> select(__mmask16 mask, Vec<float> a, Vec<float> b) { return _m
 inline __mmask8 greater(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 inline __mmask8 equal(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
 inline Vec<double> select(__mmask8 mask, Vec<double> a, Vec<double> b) { return _mm512_mask_blend_pd(mask, b, a); }
+// One instruction and the comparison: a compiler does not see it in a product and a select.
+inline Vec<float> times(Vec<float> a, Vec<float> b) {
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ), a, b);
+}
+#endif
+// True where a mask is set in every lane
+CECE_VEC bool everywhere(Vec<A> mask) { return mask.zero_mask() == 0; }
+#ifdef CPU_CAPABILITY_AVX512
+inline bool everywhere(__mmask16 mask) { return mask == 0xffff; }
+inline bool everywhere(__mmask8 mask) { return mask == 0xff; }
 #endif
 CECE_VEC Vec<A> abs_(Vec<A> x) { return x.abs(); }
 CECE_VEC Vec<A> log1p_(Vec<A> z) { return z.log1p(); }
@@ -34,9 +44,8 @@ inline Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }
 inline Vec<double> expm1_nonpositive(Vec<double> x) { return x.expm1(); }
 inline Vec<double> log_(Vec<double> x) { return x.log(); }
 CECE_VEC Vec<A> reciprocal_unit(Vec<A> d) { return Vec<A>(A(1)) / d; }
+CECE_VEC Vec<A> ratio_unit(Vec<A> a, Vec<A> d) { return a / d; }
 inline Vec<double> log1p_unit(Vec<double> z) { return z.log1p(); }
-inline Vec<float> log1p_unit(Vec<float> z);  // below
-inline Vec<float> log1p_unit(Vec<float> z, Vec<float> one_over);
 inline Vec<double> log1p_unit(Vec<double> z, Vec<double>) { return z.log1p(); }
 
 // e^x for x <= 0 as scale * (1 + tail): x log2(e) = n + r with |r| <= 1/2, scale = 2^n, 1 + tail = 2^r by a minimax
@@ -80,22 +89,53 @@ inline __attribute__((always_inline)) Vec<float> expm1_nonpositive(Vec<float> x)
   return at::vec::fmadd(scale, tail, scale - Vec<float>(1.f));
 }
 
-// log(z) for 0 <= z <= 1: at most 2 ULP, also of a subnormal; a finite number below -104 for 0, NaN for NaN.
-// z = 2^k m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = (m - 1) / (m + 1): as above, |s| <= 0.172.
-inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
+inline Vec<float> log1p_unit(Vec<float> z);  // below
+inline Vec<float> log1p_unit(Vec<float> z, Vec<float> one_over);
+#ifdef CPU_CAPABILITY_AVX512
+// log(1 + z) for -1/2 <= z <= 1, at most 1.7 ULP and without a division: with c near 1 / (1 + z), r = (1 + z) c - 1 is
+// rounded only once, for c - 1 is exact, and log(1 + z) = -log c + log(1 + r). The table's c are floats near
+// 1 / (1 + i / 8) whose logarithms are floats too, but for 2e-4 of their last place. Around 0 c is 1 and r is z, which
+// keeps all its bits. log(1 + r) = r + r^2 Q(r), |r| <= 0.1; Q is minimax in units of the result's last place (0.8).
+// In the tables i = 0 ... 8 come first, -4 ... -1 last.
+constexpr float kReciprocal[16] = {1.f,          0.888807893f, 0.800120592f, 0.727389693f, 0.666317582f, 0.615399599f,
+                                   0.571472168f, 0.533567488f, 0.507909f,    0.f,          0.f,          0.f,
+                                   1.88175631f,  1.59947348f,  1.33357203f,  1.14280593f};
+constexpr float kMinusLog[16] = {0.f,           0.11787416f,   0.222992823f,  0.318292916f, 0.405988872f, 0.485483468f,
+                                 0.559539497f,  0.628169715f,  0.677452981f,  0.f,          0.f,          0.f,
+                                 -0.632205546f, -0.469674498f, -0.287861079f, -0.133486584f};
+inline __attribute__((always_inline)) Vec<float> log1p_unit(Vec<float> z) {
+  using V = Vec<float>;
+  using at::vec::fmadd;
+  const __m512i at = _mm512_castps_si512(z + V(12582912.f / 8));  // i in the lowest bits
+  const V c = _mm512_permutexvar_ps(at, _mm512_loadu_ps(kReciprocal)), r = fmadd(z, c, c - V(1.f));
+  V q = fmadd(V(0.200064525f), r, V(-0.25160113f));
+  q = fmadd(q, r, V(0.333336264f));
+  q = fmadd(q, r, V(-0.499997139f));
+  return V(_mm512_permutexvar_ps(at, _mm512_loadu_ps(kMinusLog))) + fmadd(r * r, q, r);
+}
+// z = 2^k m with m in [3/4, 3/2). z * 4/3 rounds to a power of two just where m starts anew.
+inline __attribute__((always_inline)) Vec<float> split(Vec<float> z, Vec<float>& m) {
+  m = _mm512_getmant_ps(z, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  return _mm512_getexp_ps(z * Vec<float>(1.33333337f));
+}
+#else
+// z = 2^k m with m in [sqrt(1/2), sqrt(2))
+inline __attribute__((always_inline)) Vec<float> split(Vec<float> z, Vec<float>& m) {
   using V = Vec<float>;
   using I = Vec<int32_t>;
-  using at::vec::fmadd;
   const V subnormal = z < V(0x1p-126f);
-  const V scaled = select(subnormal, fmadd(z, V(0x1p64f), V(0.f)), z);                 // -0 becomes 0
+  const V scaled = select(subnormal, at::vec::fmadd(z, V(0x1p64f), V(0.f)), z);        // -0 becomes 0
   const I bits = at::vec::cast<int32_t>(scaled), k = (bits - I(0x3f3504f3)) >> I(23);  // sqrt(1/2)
-  const V m = at::vec::cast<float>(bits - (k << I(23)));
-  const V exponent = at::vec::convert_to_fp_of_same_size<float>(k) + select(subnormal, V(-64.f), V(0.f));
-  const V s = (m - V(1.f)) / (m + V(1.f)), u = s * s, twice = s + s;
-  const V q = fmadd(fmadd(V(0.147900224f), u, V(0.199943885f)), u, V(0.333333433f));
-  const V log_m = fmadd(twice * u, q, twice);
-  const V log_z = fmadd(exponent, V(0.693147181f), log_m);
-  return select(z == z, log_z, z);
+  m = select(equal(z, z), at::vec::cast<float>(bits - (k << I(23))), z);
+  return at::vec::convert_to_fp_of_same_size<float>(k) + select(subnormal, V(-64.f), V(0.f));
+}
+#endif
+// log(z) for 0 <= z <= 1: at most 2 ULP, also of a subnormal; below -104 for 0, NaN for NaN.
+inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
+  using V = Vec<float>;
+  V m;
+  const V k = split(z, m);
+  return at::vec::fmadd(k, V(0.693147181f), log1p_unit(m - V(1.f)));
 }
 
 }  // namespace CPU_CAPABILITY
@@ -111,11 +151,17 @@ struct LaneOf<Vec<A>> {
   using type = A;
 };
 inline namespace CPU_CAPABILITY {
+#ifndef CPU_CAPABILITY_AVX512
 inline __attribute__((always_inline)) Vec<float> log1p_unit(Vec<float> z) {
   return log1p_of_ratio(z / (z + Vec<float>(2.f)));  // at::vec::fmadd: found by its argument
 }
+#endif
 inline __attribute__((always_inline)) Vec<float> log1p_unit(Vec<float> z, Vec<float> one_over) {
+#ifdef CPU_CAPABILITY_AVX512
+  return log1p_unit(z);
+#else
   return log1p_of_ratio(z * one_over);
+#endif
 }
 }  // namespace CPU_CAPABILITY
 }  // namespace cece
