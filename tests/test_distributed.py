@@ -87,7 +87,10 @@ def test_loss_of_shards(backend, shape):
     """Every kind of target and dtype: loss, gradient and the weight that a mean divides by."""
     if backend.name != "cpu" and math.prod(shape) > 50000:
         return
-    for dtype, kind in itertools.product([torch.float32, torch.bfloat16, torch.float64], KINDS):
+    dtypes, kinds = [torch.float32, torch.bfloat16, torch.float64], KINDS
+    if math.prod(shape) > 50000:
+        dtypes, kinds = dtypes[:1], ["weighted smooth", "soft"]
+    for dtype, kind in itertools.product(dtypes, kinds):
         x = (torch.randn(shape) * 4).to(dtype)
         target, weight, smoothing = of_kind(kind, x)
         truth_x = x.double().requires_grad_()
@@ -321,9 +324,11 @@ def assert_on_all(group, *tensors):
         assert all(torch.equal(e.nan_to_num(), t.nan_to_num()) for e in every)
 
 
-def each_cut(groups):
+def each_cut(groups, few=False):
     for ranks, group in groups.items():
-        for sizes, classes in cuts_of(ranks):
+        for i, (sizes, classes) in enumerate(cuts_of(ranks)):
+            if few and (ranks + i) % 2:
+                continue
             torch.manual_seed(ranks)
             yield Mine(group, sizes), {"group": group, "classes": classes}
 
@@ -424,7 +429,7 @@ def squared_statistics(target, mine=None, where=None):
 
 
 def check_every_order(groups):
-    for mine, where in each_cut(groups):
+    for mine, where in each_cut(groups, few=True):
         x = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
         y, w = torch.tensor([0, 10, -100, 5]), torch.rand(11, dtype=torch.float64) + 0.5
         t = torch.randn(4, 11, dtype=torch.float64).softmax(1)
@@ -459,7 +464,7 @@ def check_infinities_in_every_order(groups):
 
 
 def check_linear(groups):
-    for mine, where in each_cut(groups):
+    for mine, where in each_cut(groups, few=True):
         for kind, options in [
             ("labels", {}),
             ("weighted smooth", {"z_loss": 0.1, "token_weight": True, "chunk_size": 3}),
@@ -540,7 +545,7 @@ def check_bytes_on_the_wire(groups):
 
 
 def check_compiled(groups):
-    for mine, where in each_cut(groups):
+    for mine, where in each_cut(groups, few=True):
         x = torch.randn(4, 11, requires_grad=True)
         y, mx = torch.tensor([0, 10, -100, 5]), mine.of(x, 1)
         torch._dynamo.reset()
