@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     bench_token_statistics,
     gpu,
     harness,
+    vocabulary_parallel,
 )
 from benchmarks import report as reports  # noqa: E402
 
@@ -48,6 +49,8 @@ CPU = {"cpu": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2", "c
         row("cece", 9, which="forward"),
     ],
 }
+
+SIMULATED = {"classes": 9, "date": "2000-01-01", "rows": []}
 
 
 class StandIn:
@@ -193,6 +196,7 @@ def test_report_judges_and_is_idempotent(tmp_path, gpu_results):
 
     (results / "cpu-a.json").write_text(json.dumps(CPU))
     (results / "gpu-b.json").write_text(json.dumps(gpu_results))
+    (results / "ranks-c.json").write_text(json.dumps(SIMULATED))
     assert reports.report(results, [page], plots=False) == [page]
     assert reports.report(results, [page], plots=False) == []
     text = page.read_text()
@@ -253,6 +257,17 @@ def test_report_draws(tmp_path, gpu_results):
             plot(data, tmp_path / f"{name}{i}.png")
             pictures.append((tmp_path / f"{name}{i}.png").read_bytes())
         assert pictures[0] == pictures[1] and len(pictures[0]) > 1000
+
+
+def test_ranks_are_simulated():
+    """Bytes are those of the tensors, errors no greater than of one process; 10 shards of 9 classes: one is empty."""
+    rows = list(vocabulary_parallel.measure(classes=9, tokens=4, ranks=(10,)))
+    assert [r["leaves"] for r in rows] == [16, 20, 32, 28]
+    assert [r["sends"] for r in rows] == [9 * n for n in (16, 20, 32, 28)]
+    assert [r["logits_f32"] for r in rows] == [4 * 9, 4 * 9, 4 * 9, 8 * 9]
+    assert all(r["error"] < 1e-6 for r in rows)
+    table = reports.ranks_table(SIMULATED | {"rows": rows})
+    assert table.splitlines()[4].startswith("| cross_entropy, 10 ranks | 16 | 144 | 22 | 18 | 36 |")
 
 
 def test_environment_names_the_kernels():
