@@ -63,8 +63,8 @@ def shard_of(
     counts = _counts(loss, group, ranks, here, classes, t.device)
     if here != counts[rank]:
         raise ValueError(
-            f"cece.{loss}: {name} must have this rank's classes in dimension {dim}, {counts[rank]} of {sum(counts)}, got"
-            f" {here}; classes says how they are cut, classes=None asks the ranks"
+            f"cece.{loss}: {name} must have this rank's classes in dimension {dim}, {counts[rank]} of {sum(counts)},"
+            f" got {here}; classes says how they are cut, classes=None asks the ranks"
         )
     if sum(counts) < 1:
         raise ValueError(f"cece.{loss}: there must be at least one class on some rank, got {counts}")
@@ -148,7 +148,8 @@ def cross_entropy(
         IndexError: a label out of range, on every rank (CUDA: that row is NaN); a dim out of range.
         ValueError: logits that have not the number of classes that `classes` says; a process outside the group; what
             :func:`cece.cross_entropy` raises.
-        RuntimeError: no process group; a shape, dtype or device that does not fit. A rank that is dead or late: torch's.
+        RuntimeError: a shape, dtype or device that does not fit; torch's own where there is no process group, or a rank
+            is dead or late.
         TypeError: an argument of the wrong type.
 
     Source: as :func:`cece.cross_entropy`; shards of classes: Shoeybi et al. (2019), "Megatron-LM", 3.

@@ -191,7 +191,6 @@ def linear_cross_entropy(
 
     Source: as :func:`cross_entropy`; z-loss: Chowdhery et al. (2022), PaLM, 5; softcap: Gemma Team (2024), Gemma 2, 2.
     """
-    name = "linear_cross_entropy"
     tensors = input, linear_weight, target, linear_bias, weight, token_weight, normalizer
     if has_torch_function(tensors):
         return handle_torch_function(

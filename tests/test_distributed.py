@@ -1,5 +1,6 @@
 """Rows whose classes are cut into shards: without processes (parts made one after another), and with them, on gloo."""
 
+import functools
 import itertools
 import math
 
@@ -385,16 +386,15 @@ def check_statistics(groups):
         torch.testing.assert_close(torch.autograd.grad(total(ours), mx)[0], mine.of(slope, 2), rtol=1e-9, atol=1e-11)
 
 
-def differentiated(mine, x, dim, function):
+def differentiated(mine, x, dim, f, of_mine):
     """The same function of all classes and of this rank's: derivatives of three orders and forward over reverse."""
     mx = mine.of(x, dim)
     v = torch.randn_like(x)
-    f, of_mine = function(None), function(mine)
     value, truth = of_mine(mx), f(x)
     for order in range(3):
-        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-10, msg=lambda m: f"order {order}: {m}")
+        torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-10, msg=f"order {order}")
         (a,), (b,) = (torch.autograd.grad(y, t, create_graph=True) for y, t in ((value, mx), (truth, x)))
-        torch.testing.assert_close(a, mine.of(b, dim), rtol=1e-9, atol=1e-10, msg=lambda m: f"order {order + 1}: {m}")
+        torch.testing.assert_close(a, mine.of(b, dim), rtol=1e-9, atol=1e-10, msg=f"order {order + 1}")
         across = ops.across_ranks((a * mine.of(v, dim)).sum(), len(mine.sizes), mine.group.group_name, True, False)
         value, truth = across, (b * v).sum()
     x, mx, mv = x.detach(), mx.detach(), mine.of(v, dim)
@@ -406,29 +406,34 @@ def differentiated(mine, x, dim, function):
     torch.testing.assert_close(ours, mine.of(hvp, dim), rtol=1e-9, atol=1e-10)
 
 
+def squared_loss(target, weight, options, mine=None, where=None):
+    """A function of logits: of all classes, or of this rank's."""
+    if mine is None:
+        return lambda x: cece.cross_entropy(x, target, weight, **options).square().sum()
+    target = mine.of(target, 1) if target.is_floating_point() else target
+    weight = mine.of(weight, 0)
+    return lambda x: cece.distributed.cross_entropy(x, target, weight, **options, **where).square().sum()
+
+
+def squared_statistics(target, mine=None, where=None):
+    function, where = (cece.token_statistics, {}) if mine is None else (cece.distributed.token_statistics, where)
+    asked = {"entropy": True, "logsumexp": True, "collision": True, "temperature": 0.8}
+    return lambda x: sum((v**2).sum() for v in function(x, target, **asked, **where)[:4])
+
+
 def check_every_order(groups):
     for mine, where in each_cut(groups):
         x = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
         y, w = torch.tensor([0, 10, -100, 5]), torch.rand(11, dtype=torch.float64) + 0.5
         t = torch.randn(4, 11, dtype=torch.float64).softmax(1)
-
-        def loss(part, target, weight, **options):
-            if part is None:
-                return lambda x: cece.cross_entropy(x, target, weight, **options).square().sum()
-            target = part.of(target, 1) if target.is_floating_point() else target
-            weight = part.of(weight, 0)
-            return lambda x: cece.distributed.cross_entropy(x, target, weight, **options, **where).square().sum()
-
-        def statistics(part):
-            function = cece.token_statistics if part is None else cece.distributed.token_statistics
-            options = {} if part is None else where
-            ask = dict(entropy=True, logsumexp=True, collision=True, temperature=0.8)
-            return lambda x: sum((v**2).sum() for v in function(x, y, **ask, **options)[:4])
-
-        differentiated(mine, x, 1, lambda p: loss(p, y, None, reduction="none"))
-        differentiated(mine, x, 1, lambda p: loss(p, y, w, label_smoothing=0.1))
-        differentiated(mine, x, 1, lambda p: loss(p, t, w, label_smoothing=0.1, z_loss=0.3, softcap=2.0))
-        differentiated(mine, x, 1, statistics)
+        for target, weight, options in [
+            (y, None, {"reduction": "none"}),
+            (y, w, {"label_smoothing": 0.1}),
+            (t, w, {"label_smoothing": 0.1, "z_loss": 0.3, "softcap": 2.0}),
+        ]:
+            args = target, weight, options
+            differentiated(mine, x, 1, squared_loss(*args), squared_loss(*args, mine, where))
+        differentiated(mine, x, 1, squared_statistics(y), squared_statistics(y, mine, where))
 
 
 def check_infinities_in_every_order(groups):
@@ -481,7 +486,7 @@ def check_linear(groups):
             )
             assert_on_all(mine.group, a[0])
             for of_mine, of_all, dim in zip(a, (b[0], mine.of(b[1], 0), mine.of(b[2], 0)), "xmb", strict=True):
-                torch.testing.assert_close(of_mine, of_all, msg=lambda m: f"{dim}: {m}")
+                torch.testing.assert_close(of_mine, of_all, msg=dim)
             second = torch.autograd.grad(b[0].square().sum(), (x, matrix))
             ours = torch.autograd.grad(a[0].square().sum(), (mx, mm))
             torch.testing.assert_close(ours[0], second[0])
@@ -494,6 +499,23 @@ def check_linear(groups):
         assert torch.equal(ours.argmax, truth.argmax)
         a, b = (torch.autograd.grad((s.entropy * s.log_prob).sum(), t)[0] for s, t in ((ours, mx), (truth, x)))
         torch.testing.assert_close(a, b)
+
+
+def check_linear_in_bfloat16(groups):
+    """Sums are of float32, a shard of nothing adds nothing, and ranks of any sizes cut the rows into as many chunks."""
+    for mine, where in each_cut(groups):
+        x, matrix = torch.randn(7, 5), torch.randn(11, 5)
+        x, matrix = (t.bfloat16().requires_grad_() for t in (x, matrix))
+        y = torch.randint(11, (7,))
+        truth = torch.autograd.grad(cece.linear_cross_entropy(x, matrix, y), (x, matrix))
+        mx, mm = x.detach().clone().requires_grad_(), mine.of(matrix, 0)
+        loss = cece.distributed.linear_cross_entropy(mx, mm, y, **where)
+        ours = torch.autograd.grad(loss, (mx, mm))
+        torch.testing.assert_close(ours, (truth[0], mine.of(truth[1], 0)), rtol=1e-2, atol=1e-4)
+    mine = Mine(groups[4], [0, 100_000, 0, 1])
+    x, matrix, y = torch.randn(60, 1), torch.randn(mine.all, 1), torch.randint(mine.all, (60,))
+    loss = cece.distributed.linear_cross_entropy(x, mine.of(matrix, 0), y, group=mine.group, classes=mine.sizes)
+    torch.testing.assert_close(loss, cece.linear_cross_entropy(x, matrix, y))
 
 
 def check_bytes_on_the_wire(groups):
@@ -520,9 +542,8 @@ def check_compiled(groups):
         x = torch.randn(4, 11, requires_grad=True)
         y, mx = torch.tensor([0, 10, -100, 5]), mine.of(x, 1)
         torch._dynamo.reset()
-        call = lambda x: cece.distributed.cross_entropy(x, y, z_loss=0.1, **where)  # noqa: E731
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        loss = compiled(mx)
+        call = functools.partial(cece.distributed.cross_entropy, target=y, z_loss=0.1, **where)
+        loss = torch.compile(call, fullgraph=True, backend="aot_eager")(mx)
         torch.testing.assert_close(loss, cece.cross_entropy(x, y, z_loss=0.1))
         torch.testing.assert_close(torch.autograd.grad(loss, mx), torch.autograd.grad(call(mx), mx))
 
@@ -531,11 +552,11 @@ def check_batched(groups):
     """vmap: the batch is rows, in one exchange."""
     mine, where = next(each_cut({4: groups[4]}))
     x, y = torch.randn(3, 4, 11), torch.randint(11, (3, 4))
-    ours = torch.vmap(lambda x, y: cece.distributed.cross_entropy(x, y, **where))(mine.of(x, 2), y)
+    call = functools.partial(cece.distributed.cross_entropy, **where)
+    ours = torch.vmap(call)(mine.of(x, 2), y)
     torch.testing.assert_close(ours, torch.stack([cece.cross_entropy(*s) for s in zip(x, y, strict=True)]))
-    slope = torch.vmap(torch.func.grad(lambda x, y: cece.distributed.cross_entropy(x, y, **where)))(mine.of(x, 2), y)
-    truth = torch.vmap(torch.func.grad(lambda x, y: cece.cross_entropy(x, y)))(x, y)
-    torch.testing.assert_close(slope, mine.of(truth, 2))
+    truth = torch.vmap(torch.func.grad(cece.cross_entropy))(x, y)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(call))(mine.of(x, 2), y), mine.of(truth, 2))
 
 
 def check_errors(groups):

@@ -42,17 +42,22 @@ struct CrossEntropy {
     int64_t classes = 0;
     const auto read = [&](auto* labels) {
       for (int64_t i = 0; i < n; i++) {
-        const int64_t label = labels[first + i], at = label - a.first_class;
-        const bool here = at >= 0 && at < a.classes, ignored = label == a.ignore_index;
-        const bool possible = label >= 0 && label < a.all_classes;
-        y[i] = ignored ? kIgnored : here ? at : possible ? kElsewhere : kImpossible;
-        classes += here & !ignored;
+        const int64_t label = labels[first + i];
+        const bool possible = label >= 0 && label < a.all_classes, ignored = label == a.ignore_index;
+        y[i] = ignored ? kIgnored : possible ? label : kImpossible;
+        classes += possible & !ignored;
       }
     };
     visit(a.label_dtype, [&](auto type) {
       using S = typename decltype(type)::type;
       if constexpr (std::is_integral_v<S>) read(static_cast<const S*>(a.labels));
     });
+    for (int64_t i = 0; a.classes != a.all_classes && i < n; i++) {  // of a shard: beside the loop that is fast
+      if (y[i] < 0) continue;
+      const int64_t here = y[i] - a.first_class;
+      y[i] = here >= 0 && here < a.classes ? here : kElsewhere;
+      classes -= y[i] == kElsewhere;
+    }
     return classes == n;
   }
   static int64_t label(const Args& a, int64_t row) {
