@@ -417,7 +417,24 @@ def cpu_bars(data):
     return bars(times, PLOTTED, FEW["cpu"])
 
 
-PLOTS = {"cpu": plot_cpu, "gpu": plot_gpu}
+# ---- ranks that share the classes (vocabulary_parallel.py)
+
+
+def ranks_table(data):
+    def bytes_(n):
+        return f"{n:,.0f}" if n < 1e4 else f"{n / 1024:,.0f} Ki"
+
+    rows = []
+    for r in data["rows"]:
+        errors = f"{r['error']:.1e} / {r['error_alone']:.1e}"
+        rows.append([f"{r['loss']}, {r['ranks']} ranks", *(bytes_(r[k]) for k in SENT), errors])
+    header = ["loss", "leaves", "all-gather sends", "two all-reduces", "bfloat16 logits", "float32 logits"]
+    head = f"{data['classes']} classes, float32, {data['date']}."
+    return f"{head}\n\n{table([*header, 'error / of one process'], rows)}"
+
+
+SENT = "leaves", "sends", "reduces", "logits_bf16", "logits_f32"
+PLOTS = {"cpu": plot_cpu, "gpu": plot_gpu, "ranks": None}
 SECTIONS = {
     "cpu-plot": newest_of(cpu_bars),
     "cpu-table": newest_of(cpu_few),
@@ -428,6 +445,7 @@ SECTIONS = {
     "cpu-light": newest_of(cpu_light),
     "cpu-isas": newest_of(cpu_isas),
     "gpu-report": all_of(gpu_report),
+    "ranks-table": newest_of(ranks_table),
 }
 KINDS = {section.split("-")[0] for section in SECTIONS}
 MARKED = re.compile(rf"(<!-- ({'|'.join(SECTIONS)}):begin -->)(.*?)(<!-- \2:end -->)", re.DOTALL)
@@ -454,7 +472,7 @@ def report(results=RESULTS, pages=PAGES, plots=True):
     """Rewrites the pages' sections and the plots; the pages that changed."""
     files = {kind: load(results, kind) for kind in KINDS}
     for kind, plot in PLOTS.items() if plots else ():
-        for file, data in files[kind]:
+        for file, data in files[kind] if plot else ():
             plot(data, file.with_suffix(".png"))
     changed = {page: text for page, text in rewritten(files, pages).items() if text != page.read_text()}
     for page, text in changed.items():

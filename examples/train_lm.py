@@ -11,6 +11,13 @@ With ``--rl`` the trained model then learns by rewards what text to write, in a 
 manner of GRPO: cece.token_statistics gives log-probability and entropy of every token from one pass over its logits.
 
     python examples/train_lm.py [--rl] [--steps 60] [--vocabulary 16384] [--device cpu] [--out train_lm.png]
+
+With ``--vocabulary-parallel`` the output layer is cut along the vocabulary, a part a process, and logits are a DTensor
+that no process has all of; with ``--data-parallel`` half of the processes have other batches. The first process then
+trains alone: the curves must coincide again.
+
+    torchrun --nproc-per-node 2 examples/train_lm.py --vocabulary-parallel
+    torchrun --nproc-per-node 4 examples/train_lm.py --vocabulary-parallel --data-parallel fsdp
 """
 
 import argparse
@@ -112,22 +119,37 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def train(args):
+class Trained(nn.Module):
+    """A model and its loss, which is formed where the model's weights are at hand."""
+
+    def __init__(self, model, loss_of):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, words):
+        return self.loss_of(self.model(words[:, :-1]), self.model.head, words[:, 1:].flatten())
+
+
+def train(args, over_ranks=None):
     words = tokens(args.characters)
     text, names = numbered(words, args.vocabulary)
     torch.manual_seed(0)
     model = Model(len(names)).to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    loss_of, batch_of = LOSSES[args.loss], batches(text, torch.Generator().manual_seed(1))
+    trained = Trained(model, LOSSES[args.loss])
+    if over_ranks:
+        trained = over_ranks.cut(trained)
+    # foreach takes no parameters of different meshes together
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, foreach=False if over_ranks else None)
+    batch_of = batches(text, torch.Generator().manual_seed(1))
     losses, seconds = [], []
     for step in range(args.steps):
         words = next(batch_of).to(args.device)
         begin = time.perf_counter()
-        loss = loss_of(model(words[:, :-1]), model.head, words[:, 1:].flatten())
+        loss = trained(over_ranks.mine(words) if over_ranks else words)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(over_ranks.mean(loss) if over_ranks else loss.item())
         seconds.append(time.perf_counter() - begin)
         if sys.stderr.isatty():
             print(f"\r{args.loss}: step {step + 1} of {args.steps}, loss {losses[-1]:.3f}", end="", file=sys.stderr)
@@ -183,6 +205,65 @@ def reinforce(model, text, names, device, rounds, groups=4, members=16, length=1
     return rewards
 
 
+# ---- over several processes, that torchrun starts
+
+
+class OverRanks:
+    """A mesh of data x vocabulary: rows of processes have different batches, columns other words of the vocabulary."""
+
+    def __init__(self, device, data_parallel):
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
+        kind = "cuda" if device.startswith("cuda") else "cpu"
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        self.data_parallel, self.rank = data_parallel, dist.get_rank()
+        rows = dist.get_world_size() // 2 if data_parallel else 1
+        self.mesh = init_device_mesh(kind, (rows, dist.get_world_size() // rows), mesh_dim_names=("data", "vocabulary"))
+
+    def cut(self, trained):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)  # logits stay cut: a DTensor
+        parallelize_module(trained, self.mesh["vocabulary"], {"model.head": head})
+        if self.data_parallel == "fsdp":
+            return fully_shard(trained, mesh=self.mesh["data"])
+        if self.data_parallel == "ddp":
+            return nn.parallel.DistributedDataParallel(trained, device_mesh=self.mesh["data"])
+        return trained
+
+    def mine(self, words):
+        return words.chunk(self.mesh.size(0))[self.mesh.get_local_rank("data")]
+
+    def mean(self, loss):
+        """Over the batches; of one batch all processes have the same."""
+        import torch.distributed as dist
+
+        value = loss.detach().full_tensor()
+        dist.all_reduce(value, group=self.mesh.get_group("data"))
+        return (value / self.mesh.size(0)).item()
+
+
+def train_over_ranks(args):
+    import torch.distributed as dist
+
+    over_ranks, apart = OverRanks(args.device, args.data_parallel), 0.0
+    for args.loss in LOSSES:
+        with cece.patch():  # torch.nn.functional.cross_entropy, too
+            cut = train(args, over_ranks)["loss"]
+        if over_ranks.rank == 0:
+            alone = train(args)["loss"]
+            apart = max(apart, *(abs(a - b) for a, b in zip(cut, alone, strict=True)))
+            print(f"{args.loss:10} over {over_ranks.mesh.shape} processes: loss {cut[0]:.3f} -> {cut[-1]:.3f}")
+        dist.barrier()
+    if over_ranks.rank == 0:
+        print(f"the curves of one process part by {apart:.1e} nats at most (allowed: {BOUND:.0e})")
+    dist.destroy_process_group()
+    return 0 if apart <= BOUND else 1
+
+
 # ---- both, and what came of them
 
 
@@ -231,9 +312,13 @@ def main():
     parser.add_argument("--characters", type=int, default=4_000_000, help="of the text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rl", action="store_true", help="then a few steps of reinforcement learning")
+    parser.add_argument("--vocabulary-parallel", action="store_true", help="under torchrun: cut the output layer")
+    parser.add_argument("--data-parallel", choices=["fsdp", "ddp"], help="beside it, over half of the processes")
     parser.add_argument("--out", type=Path, default="train_lm.png")
     parser.add_argument("--loss", choices=LOSSES, help=argparse.SUPPRESS)  # one of the two, as JSON
     args = parser.parse_args()
+    if args.vocabulary_parallel:
+        return train_over_ranks(args)
     if args.loss:
         print(json.dumps(train(args)))
         return 0

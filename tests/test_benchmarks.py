@@ -11,7 +11,16 @@ import torch
 import cece
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import bench_cross_entropy, cases, elsewhere, gpu, harness, in_cache, threads  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_cross_entropy,
+    cases,
+    elsewhere,
+    gpu,
+    harness,
+    in_cache,
+    threads,
+    vocabulary_parallel,
+)
 from benchmarks import report as reports  # noqa: E402
 
 CASES = [case for case in cases.CASES if isinstance(case, harness.Case)]  # losses of logits alone
@@ -45,6 +54,8 @@ CPU = {
         row("cece", 9, which="forward"),
     ],
 }
+
+SIMULATED = {"classes": 9, "date": "2000-01-01", "rows": []}
 
 
 CACHE = CPU | {
@@ -370,6 +381,7 @@ def test_report_judges_and_is_idempotent(tmp_path, gpu_results):
     (results / "cache-a.json").write_text(json.dumps(CACHE))
     (results / "threads-a.json").write_text(json.dumps(THREADS))
     (results / "gpu-b.json").write_text(json.dumps(gpu_results))
+    (results / "ranks-c.json").write_text(json.dumps(SIMULATED))
     assert reports.report(results, [page], plots=False) == [page]
     assert reports.report(results, [page], plots=False) == []
     text = page.read_text()
@@ -456,6 +468,17 @@ def test_report_draws(tmp_path, gpu_results):
             plot(data, tmp_path / f"{name}{i}.png")
             pictures.append((tmp_path / f"{name}{i}.png").read_bytes())
         assert pictures[0] == pictures[1] and len(pictures[0]) > 1000
+
+
+def test_ranks_are_simulated():
+    """Bytes are those of the tensors, errors no greater than of one process; 10 shards of 9 classes: one is empty."""
+    rows = list(vocabulary_parallel.measure(classes=9, tokens=4, ranks=(10,)))
+    assert [r["leaves"] for r in rows] == [16, 20, 32, 28]
+    assert [r["sends"] for r in rows] == [9 * n for n in (16, 20, 32, 28)]
+    assert [r["logits_f32"] for r in rows] == [4 * 9, 4 * 9, 4 * 9, 8 * 9]
+    assert all(r["error"] < 1e-6 for r in rows)
+    table = reports.ranks_table(SIMULATED | {"rows": rows})
+    assert table.splitlines()[4].startswith("| cross_entropy, 10 ranks | 16 | 144 | 22 | 18 | 36 |")
 
 
 def test_environment_names_the_kernels():
