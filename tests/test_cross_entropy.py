@@ -496,3 +496,33 @@ def test_many_channels_first(soft):
     for smoothing in (0.0, 0.1):
         t = make((2, 5000, 12), torch.float32, soft)
         check_against_truth("cross_entropy", t, label_smoothing=smoothing, reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [49, 63, 64, 65, 97, 128, 1025, 1087, 2080])
+def test_a_label_and_a_maximum_anywhere_in_a_row(dtype, classes):
+    """Rows of every remainder of a vector, the label at each class in turn, the maximum at random, losses from 1e-12;
+    slopes of 16 bits are those of float64, rounded to the nearest."""
+    torch.manual_seed(classes)
+    x = torch.randn(classes, classes) * torch.linspace(1, 12, classes)[:, None]
+    x[torch.arange(0, classes, 2), torch.arange(0, classes, 2)] += 20  # confident and right: every other row
+    x, y = x.to(dtype).requires_grad_(), torch.arange(classes)
+    wide = x.detach().double()
+    ours = cece.cross_entropy(x, y, reduction="none")
+    top, at = wide.max(1)
+    others = (wide - top[:, None]).exp().scatter(1, at[:, None], 0).sum(1).log1p()
+    truth = (top - wide.diagonal()) + others
+    torch.testing.assert_close(ours.detach().double(), truth, rtol=3e-6, atol=0)
+    g = torch.rand(classes) + 0.5
+    (ours * g).sum().backward()
+    slope = (wide - top[:, None] - others[:, None]).exp()
+    slope.diagonal().copy_(torch.expm1(-truth))
+    slope = slope * g[:, None].double()
+    off = (x.grad.double() - slope).abs()
+    if dtype == torch.float32:
+        far = torch.maximum(top[:, None] - wide, -truth.log()[:, None])  # differences are rounded
+        bound = (4 + far + others[:, None]) * torch.finfo(dtype).eps
+        assert (off <= bound * slope.abs() + 1e-38).all(), (off / slope.abs() / bound).max()
+    else:
+        unit = slope.abs().clamp_min(2.0**-126).log2().floor().exp2() * 2.0**-7
+        assert (off <= 0.501 * unit).all(), (off / unit).max()

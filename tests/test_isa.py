@@ -54,18 +54,56 @@ GRID = """if True:
     print("agrees")
 """
 
+# exp and expm1 of every 97th float of [-104, -0], or of all of them, through the operator whose slopes they are: with
+# the statistics (0, 0, 1), that of a class in a row of max 0 and the label's.
+EXPONENTIALS = """if True:
+    import sys, numpy as np, torch, cece
+    start, stop = (int(np.float32(x).view(np.uint32)) for x in (-0.0, -104.0))
+    step, one = 97, torch.ones(())
+    backward = torch.ops.cece.cross_entropy_backward
+    def check(name, ours, truth, most):
+        unit = np.spacing(np.maximum(np.abs(truth), 2.0**-126).astype(np.float32)).astype(np.float64)
+        off = np.abs(ours.numpy().astype(np.float64) - truth) / unit
+        worst = np.argmax(off)
+        assert off[worst] <= most, (name, x[worst].item(), ours[worst].item(), truth[worst], off[worst])
+    for first in range(step) if sys.argv[1:] == ["all"] else [0]:
+        for part in np.array_split(np.arange(start + first, stop + 1, step, dtype=np.uint32), 4):
+            x = torch.from_numpy(part.view(np.float32))
+            wide, n, stats = x.numpy().astype(np.float64), len(x), torch.tensor([0.0, 0.0, 1.0])
+            row = torch.cat([torch.zeros(1), x])[None]
+            exp = backward(one, row, torch.tensor([0]), None, stats.view(3, 1), one, 2, -100, 0.0)[0, 1:]
+            check("exp", exp, np.exp(wide), 2)
+            pair = torch.stack([x, torch.zeros(n)])[None]
+            stats = stats.view(3, 1, 1).expand(3, 1, n).contiguous()
+            label = torch.zeros(1, n, dtype=torch.int64)
+            expm1 = backward(one, pair, label, None, stats, one, 2, -100, 0.0)[0, 0]
+            check("expm1", expm1, np.expm1(wide), 2.5)
+    print("agrees")
+"""
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_forced(isa):
-    """build_info() says it, the losses agree with float64, exp stays within 2 ULP."""
+
+def forced(isa, *command):
+    """What a script prints under an instruction set."""
     if not HERE[isa]:
         pytest.skip(f"this CPU has no {isa}")
     if ISAS[isa] not in {name.upper() for name in cece.build_info()["cpu_isas"]}:
         pytest.skip(f"{isa} was not built on this architecture")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": isa}
-    done = subprocess.run([sys.executable, "-c", GRID], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.upper() for line in done.stdout.split()] == [ISAS[isa], "AGREES"]
+    return [line.upper() for line in done.stdout.split()]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exponentials(isa):
+    """At most 2 and 2.5 ULP; CECE_ALL_FLOATS=1: of every float, which takes minutes."""
+    assert forced(isa, EXPONENTIALS, *(["all"] if os.environ.get("CECE_ALL_FLOATS") == "1" else [])) == ["AGREES"]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_forced(isa):
+    """build_info() says it, the losses agree with float64, exp stays within 2 ULP."""
+    assert forced(isa, GRID) == [ISAS[isa], "AGREES"]
 
 
 def test_unforced_is_what_torch_uses():

@@ -92,8 +92,11 @@ __attribute__((noinline)) void gather_strided(const S* x, int64_t stride, int64_
   for (int64_t i = 0; i < n; i++) out[i] = static_cast<A>(x[i * stride]);
 }
 
-template <class A>
-constexpr Dtype dtype_of = std::is_same_v<A, float> ? Dtype::f32 : Dtype::f64;
+template <class S>
+constexpr Dtype dtype_of = std::is_same_v<S, float>    ? Dtype::f32
+                           : std::is_same_v<S, double> ? Dtype::f64
+                           : std::is_same_v<S, Half>   ? Dtype::f16
+                                                       : Dtype::bf16;
 
 // Elements offset, offset + stride, ... of a tensor, n of them; buffer holds n.
 template <class A>
@@ -174,22 +177,34 @@ inline __attribute__((always_inline)) void each_vector_in_turn(int64_t n, F&& f)
   for (; i + V <= n; i += V) f(i, V, 0);
   if (i < n) f(i, n - i, 0);
 }
+// 0, 1, 2, ...: a lane's own number
+template <class A>
+inline Vec<A> lane_numbers() {
+  return Vec<A>::template arange<A>(0, 1);
+}
+// x with `value` in all lanes but the first `count`, and in one lane
+template <class A>
+inline Vec<A> first_lanes(Vec<A> x, int64_t count, A value = 0) {
+  return select(greater(Vec<A>(A(count)), lane_numbers<A>()), x, Vec<A>(value));
+}
+template <class A>
+inline Vec<A> with_lane(Vec<A> x, int64_t lane, A value) {
+  return select(equal(lane_numbers<A>(), Vec<A>(A(lane))), Vec<A>(value), x);
+}
 template <class A>
 inline __attribute__((always_inline)) Vec<A> load_vector(const A* x, int64_t count) {
-  return count == Vec<A>::size() ? Vec<A>::loadu(x) : Vec<A>::loadu(x, count);
+  if (count == Vec<A>::size()) return Vec<A>::loadu(x);
+#ifdef CPU_CAPABILITY_AVX2  // as at::vec has it, it goes through memory
+  if constexpr (std::is_same_v<A, float>) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes));
+  }
+#endif
+  return Vec<A>::loadu(x, count);
 }
 template <class A>
 inline __attribute__((always_inline)) void store_vector(A* out, Vec<A> x, int64_t count) {
   count == Vec<A>::size() ? x.store(out) : x.store(out, count);
-}
-
-// x with 0 in all lanes but the first `count`
-template <class A>
-inline Vec<A> first_lanes(Vec<A> x, int64_t count) {
-  A lane[Vec<A>::size()];
-  x.store(lane);
-  std::fill(lane + count, lane + Vec<A>::size(), A(0));
-  return Vec<A>::loadu(lane);
 }
 
 // A gradient too large to be still in a cache when it is read: its lines are written whole, without being read first.
@@ -217,27 +232,116 @@ inline void end_streaming() {
 #endif
 }
 
+// What a loop along a row takes at a time of elements S: a vector, or a register of bfloat16, which is two, elements at
+// even places and at odd ones. One instruction makes either, where their order would take four, and a sum has none.
+template <class A, class S>
+struct Pack {
+  static constexpr int64_t kVectors = 1, kSize = Vec<A>::size();
+  Vec<A> v[kVectors];
+
+  static Pack load(const S* x) { return {{Vec<A>::loadu(x)}}; }
+  void store(S* out) const { v[0].store(out); }
+  void stream(S* out) const { stream_vector(out, v[0], kSize); }
+};
+template <>
+struct Pack<float, BFloat16> {
+  static constexpr int64_t kVectors = 2, kSize = 2 * Vec<float>::size();
+  Vec<float> v[kVectors];
+
+  static Pack load(const BFloat16* x) {
+    const auto [even, odd] = widen_pairs(Vec<int32_t>::loadu(x));
+    return {{even, odd}};
+  }
+  void store(BFloat16* out) const { narrow_pairs(v[0], v[1]).store(out); }
+  void stream(BFloat16* out) const {
+    const Vec<float> bits = at::vec::cast<float>(narrow_pairs(v[0], v[1]));
+    stream_vector(reinterpret_cast<float*>(out), bits, Vec<float>::size());
+  }
+};
+// Elements i ... of n, filled up
+template <class A, class S>
+inline Pack<A, S> load_filled(const S* x, int64_t i, int64_t n, A filling) {
+  using P = Pack<A, S>;
+  if (i + P::kSize <= n) return P::load(x + i);
+  if constexpr (P::kVectors == 1) {
+    const int64_t count = std::max<int64_t>(n - i, 0);
+    return {{first_lanes(load_vector(x + i, count), count, filling)}};
+  } else {
+    S few[P::kSize];
+    std::fill_n(few, P::kSize, S(filling));
+#ifdef CPU_CAPABILITY_AVX512  // in one piece, or the load waits for the stores
+    const __mmask32 mask = (uint64_t(1) << std::max<int64_t>(n - i, 0)) - 1;
+    _mm512_storeu_si512(few, _mm512_mask_loadu_epi16(_mm512_loadu_si512(few), mask, x + i));
+#else
+    for (int64_t j = i; j < n; j++) few[j - i] = x[j];
+#endif
+    return P::load(few);
+  }
+}
+// Its first elements, `count` of them
+template <class A, class S>
+inline void store_few(const Pack<A, S>& p, S* out, int64_t count) {
+  if constexpr (Pack<A, S>::kVectors == 1) {
+    store_vector(out, p.v[0], count);
+  } else {
+    S few[Pack<A, S>::kSize];
+    p.store(few);
+    std::copy_n(few, count, out);
+  }
+}
+// With element j replaced, if it is there
+template <class A, class S>
+inline Pack<A, S> with_element(Pack<A, S> p, int64_t j, A value) {
+  constexpr int64_t kVectors = Pack<A, S>::kVectors;
+  for (int64_t k = 0; k < kVectors; k++) {
+    const int64_t lane = j % kVectors == k ? j / kVectors : -1;
+    p.v[k] = with_lane(p.v[k], lane, value);
+  }
+  return p;
+}
+
+// Lane i of the result is lane i ^ kFar, kFar a power of two.
+template <int kFar, class A>
+inline Vec<A> swap_lanes(Vec<A> x) {
+  A lane[Vec<A>::size()], other[Vec<A>::size()];
+  x.store(lane);
+  for (int i = 0; i < Vec<A>::size(); i++) other[i] = lane[i ^ kFar];
+  return Vec<A>::loadu(other);
+}
+#if defined(CPU_CAPABILITY_AVX512)
+template <int kFar>
+inline Vec<float> swap_lanes(Vec<float> x) {
+  if constexpr (kFar >= 4) return _mm512_shuffle_f32x4(x, x, kFar == 8 ? 0x4e : 0xb1);
+  return _mm512_permute_ps(x, kFar == 2 ? 0x4e : 0xb1);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <int kFar>
+inline Vec<float> swap_lanes(Vec<float> x) {
+  if constexpr (kFar == 4) return _mm256_permute2f128_ps(x, x, 1);
+  return _mm256_permute_ps(x, kFar == 2 ? 0x4e : 0xb1);
+}
+#endif
+template <class A>
+inline A first_lane(Vec<A> x) {
+  A lane[Vec<A>::size()];
+  return x.store(lane), lane[0];
+}
 // combine() over the lanes, as a tree
+template <int kFar, class A, class F>
+inline __attribute__((always_inline)) A reduce_lanes_from(Vec<A> x, F&& combine) {
+  if constexpr (kFar == 0) {
+    return first_lane(x);
+  } else {
+    return reduce_lanes_from<kFar / 2>(combine(x, swap_lanes<kFar>(x)), combine);
+  }
+}
 template <class A, class F>
 inline A reduce_lanes(Vec<A> x, F&& combine) {
-  A lane[Vec<A>::size()];
-  x.store(lane);
-  for (int half = Vec<A>::size() / 2; half; half /= 2) {
-    for (int i = 0; i < half; i++) lane[i] = combine(lane[i], lane[i + half]);
-  }
-  return lane[0];
-}
-// x with `value` in one lane
-template <class A>
-inline Vec<A> with_lane(Vec<A> x, int64_t lane, A value) {
-  A lanes[Vec<A>::size()];
-  x.store(lanes);
-  lanes[lane] = value;
-  return Vec<A>::loadu(lanes);
+  return reduce_lanes_from<Vec<A>::size() / 2>(x, combine);
 }
 template <class A>
 inline A sum_lanes(Vec<A> x) {
-  return reduce_lanes(x, [](A a, A b) { return a + b; });
+  return reduce_lanes(x, [](Vec<A> a, Vec<A> b) { return a + b; });
 }
 
 // The lowest index that any thread reports.

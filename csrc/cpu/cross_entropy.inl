@@ -18,7 +18,7 @@ enum class Target { hard, smooth, soft };  // a label; a label with smoothing; p
 template <class A, class Args>
 struct CrossEntropy {
   using V = Vec<A>;
-  static constexpr int64_t kLanes = V::size();
+  static constexpr int64_t kLanes = V::size(), kGroup = 4 * kLanes;
   static constexpr bool kFull = std::is_same_v<Args, TokenStatisticsArgs>;
 
   // ---- the target of a row
@@ -127,27 +127,47 @@ struct CrossEntropy {
 
   // ---- one row at a time: forward
 
-  static A block_max(const A* x, int64_t n) {  // ignores NaN, which the sum will find
+  static V greater_of(V p, V q) { return at::vec::clamp_min(p, q); }
+
+  template <class S>
+  static A block_max(const S* x, int64_t n) {  // ignores NaN, which the sum will find
+    using P = Pack<A, S>;
     V m[4] = {V(lowest<A>()), V(lowest<A>()), V(lowest<A>()), V(lowest<A>())};
+    const auto add = [&](const P& p, int first) {
+      for (int k = 0; k < P::kVectors; k++) m[first + k] = greater_of(p.v[k], m[first + k]);
+    };
     int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      for (int k = 0; k < 4; k++) m[k] = at::vec::clamp_min(V::loadu(x + i + k * kLanes), m[k]);
+    for (; i + kGroup <= n; i += kGroup) {
+      for (int k = 0; k < 4; k += P::kVectors) add(P::load(x + i + k * kLanes), k);
     }
-    for (; i + kLanes <= n; i += kLanes) m[0] = at::vec::clamp_min(V::loadu(x + i), m[0]);
-    const auto greater_of = [](auto p, auto q) { return p > q ? p : q; };
-    const V all = at::vec::clamp_min(at::vec::clamp_min(m[0], m[1]), at::vec::clamp_min(m[2], m[3]));
-    A result = reduce_lanes(all, greater_of);
-    for (; i < n; i++) result = greater_of(x[i], result);
-    return result;
+    for (; i < n; i += P::kSize) add(load_filled(x, i, n, lowest<A>()), 0);
+    return reduce_lanes(greater_of(greater_of(m[0], m[1]), greater_of(m[2], m[3])), greater_of);
   }
 
-  static int64_t index_of(const A* x, int64_t n, A value) {
+  // An element that equals `value`, of S = A the first; n if a NaN hides it.
+  template <class S>
+  static int64_t index_of(const S* x, int64_t n, A value) {
+    using P = Pack<A, S>;
+    const V v(value);
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      if ((V::loadu(x + i) == V(value)).zero_mask() != (1 << kLanes) - 1) break;
+    for (; i + kGroup <= n; i += kGroup) {
+      V most(lowest<A>());
+      for (int k = 0; k < 4; k += P::kVectors) {
+        const P p = P::load(x + i + k * kLanes);
+        for (const V& p_k : p.v) most = greater_of(p_k, most);
+      }
+      if (set_lanes(equal(most, v))) break;
     }
-    while (i < n && !(x[i] == value)) i++;
-    return i;
+    int64_t index = n;
+    for (const int64_t end = std::min(i + kGroup, n); i < end; i += P::kSize) {
+      const P p = load_filled(x, i, n, lowest<A>());
+      for (int64_t k = 0; k < P::kVectors; k++) {
+        const int lanes = set_lanes(equal(p.v[k], v));
+        const int64_t at = lanes ? i + k + P::kVectors * __builtin_ctz(lanes) : n;  // without a branch
+        index = std::min(index, at);
+      }
+    }
+    return index;
   }
 
   struct Terms {  // of e^{x_i - max}
@@ -155,37 +175,59 @@ struct CrossEntropy {
   };
   // Their sums without element `own` (n: with all). The block is in L1 and this is arithmetic only, so it is the time
   // to ask for what comes `ahead` in memory, the next block or row: reading then costs next to nothing.
-  static Terms sum_terms(const A* x, int64_t n, A max, int64_t own, const char* ahead, int64_t element_size) {
+  template <class S>
+  static Terms sum_terms(const S* x, int64_t n, A max, int64_t own, const char* ahead, int64_t element_size) {
     const V m(max), zero(A(0));
-    V sum[4] = {zero, zero, zero, zero}, heat[4] = {zero, zero, zero, zero}, square[4] = {zero, zero, zero, zero};
-    const auto add_vector = [&](V x_i, int k) {
-      const V e = exp_nonpositive(x_i - m);
-      sum[k] = sum[k] + e;
-      if constexpr (kFull) heat[k] = heat[k] + times(e, m - x_i), square[k] = square[k] + e * e;
+    struct Sums {
+      V sum, heat, square;
+      void add(const Sums& o) {
+        sum = sum + o.sum;
+        if constexpr (kFull) heat = heat + o.heat, square = square + o.square;
+      }
     };
-    const auto add = [&](int64_t i, int64_t end) {  // whole vectors
-      for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-        for (int k = 0; k < 4; k++) {
-          __builtin_prefetch(ahead + (i + k * kLanes) * element_size);
-          add_vector(V::loadu(x + i + k * kLanes), k);
+    const auto term = [&](V x) -> Sums {
+      const V e = exp_nonpositive(x - m);
+      if constexpr (kFull) return {e, times(e, m - x), e * e};
+      return {e};
+    };
+    // A group of vectors that is not whole, or has the element to leave out, is read from a copy that is.
+    using P = Pack<A, S>;
+    alignas(64) S copies[2][kGroup];
+    const int64_t own_group = own / kGroup * kGroup, last_group = n / kGroup * kGroup;
+    const auto patch = [&](S* copy, int64_t group) {
+      constexpr A kNone = -std::numeric_limits<A>::infinity();
+      for (int64_t i = group; i < group + kGroup; i += P::kSize) {
+        with_element(load_filled(x, i, n, kNone), own - i, kNone).store(copy + i - group);
+      }
+    };
+    if (own_group < n) patch(copies[0], own_group);
+    if (last_group < n) patch(copies[1], last_group);
+    // Sums of sums: of two vectors, of kRun groups of those, and of these. Added up one by one, 64 equal terms would be
+    // 6 ULP off. More than two sums at a time would not stay in AVX2's registers.
+    constexpr int64_t kRun = 8 * kGroup;
+    Sums all{zero, zero, zero};
+    for (int64_t run = 0; run < n; run += kRun) {
+      Sums sums[2] = {{zero, zero, zero}, {zero, zero, zero}};
+      for (int64_t i = run, end = std::min(run + kRun, n); i < end; i += kGroup) {
+        const S* from = i == last_group ? copies[1] : x + i;
+        from = i == own_group ? copies[0] : from;
+        V x_k[4];
+        for (int k = 0; k < 4; k += P::kVectors) {
+          if (k * kLanes * sizeof(S) % 64 == 0) __builtin_prefetch(ahead + (i + k * kLanes) * element_size);
+          const P p = P::load(from + k * kLanes);
+          for (int j = 0; j < P::kVectors; j++) x_k[k + j] = p.v[j];
+        }
+        for (int k = 0; k < 2; k++) {
+          Sums two = term(x_k[2 * k]);
+          two.add(term(x_k[2 * k + 1]));
+          sums[k].add(two);
         }
       }
-      for (; i < end; i += kLanes) add_vector(V::loadu(x + i), 0);
-    };
-    const auto add_few = [&](int64_t i, int64_t end) {  // less than a vector, or one with the element to leave out
-      A few[kLanes];
-      std::fill_n(few, kLanes, -std::numeric_limits<A>::infinity());
-      for (int64_t j = i; j < end; j++) few[j - i] = j == own ? few[j - i] : x[j];
-      add_vector(V::loadu(few), 1);
-    };
-    const int64_t whole = n / kLanes * kLanes, own_vector = std::min(own / kLanes * kLanes, whole);
-    add(0, own_vector);
-    if (own_vector < whole) add_few(own_vector, own_vector + kLanes);
-    add(std::min(own_vector + kLanes, whole), whole);
-    if (whole < n) add_few(whole, n);
-    const auto total = [](const V(&v)[4]) { return sum_lanes((v[0] + v[1]) + (v[2] + v[3])); };
-    if constexpr (kFull) return {total(sum), total(heat), total(square)};
-    return {total(sum)};
+      sums[0].add(sums[1]);
+      all.add(sums[0]);
+    }
+    if constexpr (kFull) return {sum_lanes(all.sum), sum_lanes(all.heat), sum_lanes(all.square)};
+    return {sum_lanes(all.sum)};
   }
 
   // Adds a block's masses and gaps. While the maximum is finite a gap is a difference, and where every class has the
@@ -229,7 +271,26 @@ struct CrossEntropy {
     return s;
   }
 
-  template <Target K>
+  template <class S>
+  static const S* block(const Args& a, int64_t at, int64_t n, A* buffer, A* slope = nullptr) {
+    if constexpr (std::is_same_v<S, A>) {
+      return transformed(a, load(a.logits, at, a.logits.class_stride, n, buffer), n, buffer, slope);
+    } else {
+      return static_cast<const S*>(a.logits.data) + at;
+    }
+  }
+  // f(Type<S>{}) with the type that a row's loops read and write: the tensor's own where that is bfloat16 in a row and
+  // its elements' order does not matter, else A, into a buffer if need be.
+  template <Target K, class F>
+  static void visit_type(const Args& a, const Operand& also, F&& f) {
+    if constexpr (K == Target::hard && !kFull && std::is_same_v<A, float>) {
+      const auto plain = [](const Operand& t) { return t.dtype == Dtype::bf16 && t.class_stride == 1; };
+      if (plain(a.logits) && plain(also)) return f(Type<BFloat16>{});
+    }
+    f(Type<A>{});
+  }
+
+  template <Target K, class S>
   static RowState read_classes(const Args& a, RowBuffers& buffer, int64_t row, int64_t begin, int64_t end) {
     const int64_t at_x = offset_of(a.rows, a.logits, row), stride = a.logits.class_stride;
     const int64_t at_t = K == Target::soft ? offset_of(a.rows, a.probabilities, row) : 0;
@@ -239,7 +300,7 @@ struct CrossEntropy {
     int64_t argmax = RowState::kNowhere;
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c);
-      const A* x = transformed(a, load(a.logits, at_x + c * stride, stride, n, buffer.x), n, buffer.x);
+      const S* x = block<S>(a, at_x + c * stride, n, buffer.x);
       const A max = block_max(x, n);
       const int64_t element_size = stride * size_of(a.logits.dtype);
       const char* ahead = static_cast<const char*>(a.logits.data) + (at_x + (c + n) * stride) * size_of(a.logits.dtype);
@@ -375,8 +436,11 @@ struct CrossEntropy {
         const int64_t row = task / parts, c = task % parts * kSegment, y = label(a, row);
         if (skip(a, row, y)) continue;
         const int64_t last = std::min(c + kSegment, a.classes);
-        RowState s = read_classes<kind.value>(a, as<RowBuffers>(scratch), row, c, last);
-        states ? void(states[task] = s) : finish(a, row, y, s);
+        visit_type<kind.value>(a, a.logits, [&](auto type) {
+          using S = typename decltype(type)::type;
+          RowState s = read_classes<kind.value, S>(a, as<RowBuffers>(scratch), row, c, last);
+          states ? void(states[task] = s) : finish(a, row, y, s);
+        });
       }
     });
   }
@@ -456,47 +520,59 @@ struct CrossEntropy {
 
   // The label's slope, from its logit as it was before anything was written (the gradient may overwrite it).
   static A slope_at_label(const Args& a, const RowGrad& r, int64_t y, A x_y) {
-    const A w = class_weight(a, y), kept = keep(a) * w;
-    const A slope = r.g * label_slope(x_y, r.max, r.log_sum, kept, r.mass - kept, spread(a) * w);
-    return kFull ? slope + r.more.slope(a, x_y, r.max, r.log_sum) : slope;
+    const A w = class_weight(a, y), kept = keep(a) * w;  // in lanes, all the same: libm's functions take 25 ns a row
+    const V x(x_y), max(r.max), log_sum(r.log_sum);
+    V slope = V(r.g) * label_slope(x, max, log_sum, V(kept), V(r.mass - kept), V(spread(a) * w));
+    if constexpr (kFull) {
+      const More<V> more{V(r.more.constant), V(r.more.heat), V(r.more.square), V(r.more.spread)};
+      slope = slope + more.slope(a, x, max, log_sum);
+    }
+    return first_lane(slope);
   }
 
   // The slopes of a block of n classes; that of element `own` (n: none of them) is given.
-  template <Target K>
-  static void write_block(const Args& a, A* out, const A* x, int64_t n, const RowGrad& r, const Masses<K>& q,
+  template <Target K, class S>
+  static void write_block(const Args& a, S* out, const S* x, int64_t n, const RowGrad& r, const Masses<K>& q,
                           int64_t own, A own_slope, bool stream) {
-    if (!(std::abs(r.max) <= std::numeric_limits<A>::max())) {  // an infinite maximum: element by element
+    const A scale = r.g * r.mass, largest = std::numeric_limits<A>::max();
+    if (!(std::abs(r.max) <= largest && std::abs(scale) <= largest)) {  // something infinite: element by element
       for (int64_t i = 0; i < n; i++) {
-        A slope = r.g * row_slope(x[i], r.max, r.log_sum, r.mass, K == Target::hard ? A(0) : q.at(i));
-        if constexpr (kFull) slope = slope + r.more.slope(a, x[i], r.max, r.log_sum);
-        out[i] = i == own ? own_slope : slope;
+        const A x_i(x[i]);
+        A slope = r.g * row_slope(x_i, r.max, r.log_sum, r.mass, K == Target::hard ? A(0) : q.at(i));
+        if constexpr (kFull) slope = slope + r.more.slope(a, x_i, r.max, r.log_sum);
+        out[i] = S(i == own ? own_slope : slope);
       }
       return;
     }
-    const V max(r.max), log_sum(r.log_sum), scale(r.g * r.mass), g(r.g);
+    using P = Pack<A, S>;
+    const V max(r.max), log_sum(r.log_sum), g(r.g);
+    const ExpTimes<A, is_reduced<S>> scaled_exp(scale);
     const More<V> more{V(r.more.constant), V(r.more.heat), V(r.more.square), V(r.more.spread)};
-    const auto slopes = [&](int64_t i, int64_t count) {
-      const V x_i = load_vector(x + i, count);
-      V slope = exp_nonpositive((x_i - max) - log_sum) * scale;
-      if constexpr (kFull) slope = slope + more.slope(a, x_i, max, log_sum);
-      return K == Target::hard ? slope : slope - g * q.at(i, count);
+    const auto slopes = [&](P p, int64_t i) {
+      for (V& x_i : p.v) {
+        V slope = scaled_exp((x_i - max) - log_sum);
+        if constexpr (kFull) slope = slope + more.slope(a, x_i, max, log_sum);
+        x_i = K == Target::hard ? slope : slope - g * q.at(i, std::min(n - i, kLanes));
+      }
+      return p;
     };
-    const auto put = [&](int64_t i, V slope, int64_t count) {
-      stream ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
+    const auto put = [&](const P& p, int64_t i) { stream ? p.stream(out + i) : p.store(out + i); };
+    const auto whole = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += P::kSize) put(slopes(P::load(x + i), i), i);
     };
-    const int64_t own_vector = own / kLanes * kLanes, own_count = std::min(kLanes, n - own_vector);
-    each_vector<A>(own_vector, [&](int64_t i, int64_t count) { put(i, slopes(i, count), count); });
-    if (own_count > 0) {
-      V slope = slopes(own_vector, own_count);
-      if (own < n) slope = with_lane(slope, own - own_vector, own_slope);
-      put(own_vector, slope, own_count);
-    }
-    const int64_t rest = own_vector + kLanes;
-    if (rest < n)
-      each_vector<A>(n - rest, [&](int64_t i, int64_t count) { put(rest + i, slopes(rest + i, count), count); });
+    const auto careful = [&](int64_t i) {  // not whole, or with `own`
+      const P p = slopes(load_filled(x, i, n, A(0)), i);
+      const P all = own < n ? with_element(p, own - i, own_slope) : p;
+      i + P::kSize <= n ? put(all, i) : store_few(all, out + i, n - i);
+    };
+    const int64_t end = n / P::kSize * P::kSize, own_pack = std::min(own / P::kSize * P::kSize, end);
+    whole(0, own_pack);
+    if (own_pack < end) careful(own_pack);
+    whole(own_pack + P::kSize, end);
+    if (end < n) careful(end);
   }
 
-  template <Target K>
+  template <Target K, class S>
   static void write_classes(const Args& a, RowBuffers& buffer, int64_t row, int64_t y, int64_t begin, int64_t end) {
     const Operand& out = a.grad_logits;
     const int64_t at_x = offset_of(a.rows, a.logits, row), stride = a.logits.class_stride;
@@ -506,21 +582,23 @@ struct CrossEntropy {
     const bool stream = worth_streaming(a.logits.data, out, a.rows.count * a.classes);
     for (int64_t c = begin; c < end; c += kBlock) {
       const int64_t n = std::min(kBlock, end - c), at = at_out + c * out.class_stride;
-      A* slopes = room(out, at, out.class_stride, buffer.out);
+      S* const slopes = room(out, at, out.class_stride, reinterpret_cast<S*>(buffer.out));
+      const bool direct = slopes != reinterpret_cast<S*>(buffer.out);
       if (!counts(a, y) || masked(a, row)) {
-        std::fill_n(slopes, n, y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0));
+        std::fill_n(slopes, n, S(y == kImpossible ? std::numeric_limits<A>::quiet_NaN() : A(0)));
       } else {
-        const A* x = transformed(a, load(a.logits, at_x + c * stride, stride, n, buffer.x), n, buffer.x, buffer.slope);
+        const S* x = block<S>(a, at_x + c * stride, n, buffer.x, buffer.slope);
         const int64_t own = y >= c && y < c + n ? y - c : n;
         write_block(a, slopes, x, n, r, masses<K>(a, at_t, c, n, buffer.t), own,
-                    own < n ? slope_at_label(a, r, y, x[own]) : A(0), stream && slopes != buffer.out && !transforms(a));
-        if (transforms(a)) {
-          each_vector<A>(n, [&](int64_t i, int64_t count) {
+                    own < n ? slope_at_label(a, r, y, A(x[own])) : A(0), stream && direct && !transforms(a));
+        if constexpr (kFull) {
+          for (int64_t i = 0; i < n && transforms(a); i += kLanes) {
+            const int64_t count = std::min(n - i, kLanes);
             store_vector(slopes + i, load_vector(slopes + i, count) * load_vector(buffer.slope + i, count), count);
-          });
+          }
         }
       }
-      store(out, at, out.class_stride, n, slopes);
+      if (!direct) store(out, at, out.class_stride, n, buffer.out);
     }
   }
 
@@ -530,7 +608,10 @@ struct CrossEntropy {
       for (int64_t task = begin; task < end; task++) {
         const int64_t row = task / parts, c = task % parts * kSegment;
         const int64_t last = std::min(c + kSegment, a.classes);
-        write_classes<kind.value>(a, as<RowBuffers>(scratch), row, label(a, row), c, last);
+        visit_type<kind.value>(a, a.grad_logits, [&](auto type) {
+          using S = typename decltype(type)::type;
+          write_classes<kind.value, S>(a, as<RowBuffers>(scratch), row, label(a, row), c, last);
+        });
       }
     });
     end_streaming();

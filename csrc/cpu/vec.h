@@ -3,6 +3,9 @@
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
+#include <array>
+#include <bit>
+
 namespace cece {
 
 template <class A>
@@ -36,7 +39,10 @@ CECE_VEC bool everywhere(Vec<A> mask) { return mask.zero_mask() == 0; }
 #ifdef CPU_CAPABILITY_AVX512
 inline bool everywhere(__mmask16 mask) { return mask == 0xffff; }
 inline bool everywhere(__mmask8 mask) { return mask == 0xff; }
+inline int set_lanes(__mmask16 mask) { return mask; }
 #endif
+// A bit for each lane of a comparison
+CECE_VEC int set_lanes(Vec<A> mask) { return ~mask.zero_mask() & ((1 << Vec<A>::size()) - 1); }
 CECE_VEC Vec<A> abs_(Vec<A> x) { return x.abs(); }
 CECE_VEC Vec<A> log1p_(Vec<A> z) { return z.log1p(); }
 
@@ -75,12 +81,80 @@ inline __attribute__((always_inline)) Vec<float> exp_scale(Vec<float> x, Vec<flo
 }
 
 // At most 2 ULP over [-104, 0] including subnormal results (whose one rounding is that of the last product), 0 below,
-// NaN for NaN, exactly 1 at 0. Twice as fast as Sleef's exp_u10: no branch, no table, no positive overflow to guard.
+// NaN for NaN, exactly 1 at 0. No branch, no positive overflow to guard.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// x = n ln2 + r with n a multiple of 1 / kSteps and |r| <= h = ln2 / (2 kSteps). The powers 2^(j / kSteps) are the
+// lanes of one register, each lane takes its own by the low bits of n, and 1 + r + c2 r^2 + c3 r^3 is enough for e^r:
+// with c2 and c3 as below it is off by 0.17 h^4 / 24 (2.5e-8 for 8 steps, 1.6e-9 for 16).
+constexpr int kSteps = Vec<float>::size();
+constexpr double kHalfStep = 0.69314718055994531 / (2 * kSteps), kSquare = kHalfStep * kHalfStep;
+constexpr double kPolynomial[] = {1, 0.5 + 0.8284 * kSquare / 24, 1. / 6 + kSquare / 120};
+constexpr float kPowers[] = {1.f,         1.04427373f, 1.09050775f, 1.13878858f, 1.18920708f, 1.24185777f,
+                             1.29683959f, 1.35425556f, 1.41421354f, 1.47682619f, 1.54221082f, 1.61049032f,
+                             1.68179286f, 1.75625217f, 1.83400810f, 1.91520655f};
+#ifdef CPU_CAPABILITY_AVX512
+constexpr double kUnit = 1;
+struct PowerOf2 {  // 2^n (1 + p r); t: a number with the bits of n at its low end
+  Vec<float> steps = _mm512_loadu_ps(kPowers);
+  Vec<float> operator()(Vec<float> p, Vec<float> r, Vec<float> t, Vec<float> n) const {
+    const Vec<float> step = _mm512_permutexvar_ps(_mm512_castps_si512(t), steps);
+    return _mm512_scalef_ps(at::vec::fmadd(p * r, step, step), n);  // goes down to the subnormal numbers by itself
+  }
+};
+#else
+constexpr double kUnit = 0x1p-64;  // 2^64 has moved from p to the power, whose bits are t's and its step's added up
+constexpr auto kStepBits = [] {
+  std::array<int32_t, kSteps> bits{};
+  for (int j = 0; j < kSteps; j++) bits[j] = std::bit_cast<int32_t>(kPowers[2 * j]) + (64 << 23) - (j << 20);
+  return bits;
+}();
+struct PowerOf2 {  // 2^n (1 + p r); t: a number with the bits of n at its low end
+  __m256i steps = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kStepBits.data()));
+  Vec<float> operator()(Vec<float> p, Vec<float> r, Vec<float> t, Vec<float>) const {
+    const __m256i bits = _mm256_castps_si256(t), step = _mm256_permutevar8x32_epi32(steps, bits);
+    const Vec<float> power = _mm256_castsi256_ps(_mm256_add_epi32(step, _mm256_slli_epi32(bits, 20)));
+    return at::vec::fmadd(p, r, Vec<float>(float(kUnit))) * power;
+  }
+};
+#endif
+// Rough: off by another 2.7e-9 |x|, 2 ULP at most at e^-46 = 1e-20 and 4 where the results become subnormal.
+template <bool kRough = false>
+inline __attribute__((always_inline)) Vec<float> exp_nonpositive(Vec<float> x, const PowerOf2& power = {}) {
+  using V = Vec<float>;
+  using at::vec::fmadd;
+  const auto c = [](int k) { return V(float(kUnit * kPolynomial[k])); };
+  x = at::vec::clamp_min(x, V(-104.f));  // as below
+  const V magic(12582912.f / kSteps), t = fmadd(x, V(1.44269504f), magic), n = t - magic;
+  V r = fmadd(n, V(-0.693147182f), x);
+  if (!kRough) r = fmadd(n, V(1.90465421e-9f), r);  // ln2 in two parts
+  return power(fmadd(fmadd(c(2), r, c(1)), r, c(0)), r, t, n);
+}
+#else
+template <bool kRough = false>
 inline __attribute__((always_inline)) Vec<float> exp_nonpositive(Vec<float> x) {
   Vec<float> shifted;
   const Vec<float> scale = exp_scale<64>(x, shifted);
   return shifted * scale;
 }
+#endif
+
+// factor e^x for x <= 0 and a finite factor; rough for what is rounded to bfloat16
+template <class A, bool kRough = false>
+struct ExpTimes {
+  Vec<A> factor;
+  explicit ExpTimes(A f) : factor(f) {}
+  inline __attribute__((always_inline)) Vec<A> operator()(Vec<A> x) const { return exp_nonpositive(x) * factor; }
+};
+#ifdef CPU_CAPABILITY_AVX512
+template <bool kRough>
+struct ExpTimes<float, kRough> {  // the factor is in the steps: a multiplication of nine less
+  PowerOf2 power;
+  explicit ExpTimes(float f) : power{PowerOf2().steps * Vec<float>(f)} {}
+  inline __attribute__((always_inline)) Vec<float> operator()(Vec<float> x) const {
+    return exp_nonpositive<kRough>(x, power);
+  }
+};
+#endif
 
 // e^x - 1 for x <= 0, at most 2.5 ULP: 2^n tail + (2^n - 1), the second term exact.
 inline __attribute__((always_inline)) Vec<float> expm1_nonpositive(Vec<float> x) {
@@ -136,6 +210,33 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
   V m;
   const V k = split(z, m);
   return at::vec::fmadd(k, V(0.693147181f), log1p_unit(m - V(1.f)));
+}
+
+// Pairs of bfloat16 in 32 bits each: the first ones and the second ones (on a little-endian machine), as float.
+struct Pairs {
+  Vec<float> first, second;
+};
+constexpr int32_t kHighHalf = int32_t(0xffff0000);
+inline __attribute__((always_inline)) Pairs widen_pairs(Vec<int32_t> pairs) {
+  using I = Vec<int32_t>;
+  return {at::vec::cast<float>(pairs << I(16)), at::vec::cast<float>(pairs & I(kHighHalf))};
+}
+// Rounded to the nearest, to even where there are two. A NaN must have its low half 0, so that no carry goes through
+// it: as it has that came from a bfloat16 or from an operation.
+inline __attribute__((always_inline)) Vec<int32_t> narrow_pairs(Vec<float> first, Vec<float> second) {
+  using I = Vec<int32_t>;
+  const I a = at::vec::cast<int32_t>(first), b = at::vec::cast<int32_t>(second);
+#ifdef CPU_CAPABILITY_AVX512  // high halves and low halves, each 32 numbers side by side
+  const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16(int16_t(0x8000));
+  const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+  const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
+  const __m512i low_if_odd_more = _mm512_adds_epu16(low, _mm512_and_si512(high, one));
+  return _mm512_mask_add_epi16(high, _mm512_cmpgt_epu16_mask(low_if_odd_more, half), high, one);
+#else
+  const auto high_half = [](I x) { return (x >> I(16)) & I(0xffff); };
+  const auto rounded = [&](I x) { return x + I(0x7fff) + (high_half(x) & I(1)); };
+  return high_half(rounded(a)) | (rounded(b) & I(kHighHalf));
+#endif
 }
 
 }  // namespace CPU_CAPABILITY
