@@ -7,8 +7,8 @@ Binary         either: two logits and a label, or one logit and a truth
 ``binary_cross_entropy`` takes *probabilities*: like ``torch.nn.BCELoss`` it applies no sigmoid.
 """
 
-import importlib
-from typing import Any
+import importlib as _importlib
+from typing import Any as _Any
 
 from . import _load
 from ._load import build_info, empty_cache
@@ -80,9 +80,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name == "distributed":  # when it is asked for: it imports torch.distributed
-        return importlib.import_module(".distributed", __name__)
+        return _importlib.import_module(".distributed", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

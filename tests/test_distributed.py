@@ -87,7 +87,10 @@ def test_loss_of_shards(backend, shape):
     """Every kind of target and dtype: loss, gradient and the weight that a mean divides by."""
     if backend.name != "cpu" and math.prod(shape) > 50000:
         return
-    for dtype, kind in itertools.product([torch.float32, torch.bfloat16, torch.float64], KINDS):
+    dtypes, kinds = [torch.float32, torch.bfloat16, torch.float64], KINDS
+    if math.prod(shape) > 50000:
+        dtypes, kinds = dtypes[:1], ["weighted smooth", "soft"]
+    for dtype, kind in itertools.product(dtypes, kinds):
         x = (torch.randn(shape) * 4).to(dtype)
         target, weight, smoothing = of_kind(kind, x)
         truth_x = x.double().requires_grad_()
@@ -249,25 +252,27 @@ def test_no_byte_beyond_a_shard(backend):
 
 def test_operators():
     """Fake kernels, autograd and tracing of each."""
-    x, y, w = torch.randn(4, 5, 2), torch.randint(11, (4, 2)), torch.rand(5)
-    for weight, full in (None, False), (w, False), (w, True):
+    x, y, w = torch.randn(4, 5, 2), torch.randint(3, 8, (4, 2)), torch.rand(5)  # no NaN, which says: elsewhere
+    for weight, full in (None, False), (w, True):
         parts = ops.row_parts(x, y, weight, -100, 0.1, 1.0, 0.0, 3, 11, full)
-        torch.library.opcheck(ops.row_parts.default, (x, y, weight, -100, 0.1, 1.0, 0.0, 3, 11, full))
-        args = parts.expand(2, *parts.shape).contiguous(), y, -100, 0.1, False, 11, 31 if full else 1
-        torch.library.opcheck(ops.finish_parts.default, args)
+        torch.library.opcheck(torch.ops.cece.row_parts.default, (x, y, weight, -100, 0.1, 1.0, 0.0, 3, 11, full))
+        args = parts[None], y, -100, 0.1, False, 11, 31 if full else 1
+        torch.library.opcheck(torch.ops.cece.finish_parts.default, args)
     y = torch.randint(5, (4, 2))
-    for weight, wanted in (None, 1), (w, 1), (w, 31):
+    for weight, wanted in (w, 1), (None, 31):
         logits, options = x.clone().requires_grad_(), (-100, 0.1, 1.0, 0.0, False)
         one_rank = (0, 5, 1, "")
-        torch.library.opcheck(ops.sharded_statistics_forward.default, (logits, y, weight, *options, wanted, *one_rank))
+        torch.library.opcheck(
+            torch.ops.cece.sharded_statistics_forward.default, (logits, y, weight, *options, wanted, *one_rank)
+        )
         *_, stats = ops.sharded_statistics_forward(x, y, weight, *options, wanted, *one_rank)
         g = torch.randn(4, 2, requires_grad=True)
         if wanted == 1:
             args = g, logits, y, weight, stats, stats.new_ones(()), 0, *options[:2], *one_rank
-            torch.library.opcheck(ops.cross_entropy_backward.default, args)
+            torch.library.opcheck(torch.ops.cece.cross_entropy_backward.default, args)
         else:
             args = g, None, g, None, logits, y, weight, stats, *options, *one_rank
-            torch.library.opcheck(ops.token_statistics_backward.default, args)
+            torch.library.opcheck(torch.ops.cece.token_statistics_backward.default, args)
 
 
 # ---- processes: one rank of four, in groups of two, three and four
@@ -319,9 +324,11 @@ def assert_on_all(group, *tensors):
         assert all(torch.equal(e.nan_to_num(), t.nan_to_num()) for e in every)
 
 
-def each_cut(groups):
+def each_cut(groups, few=False):
     for ranks, group in groups.items():
-        for sizes, classes in cuts_of(ranks):
+        for i, (sizes, classes) in enumerate(cuts_of(ranks)):
+            if few and (ranks + i) % 2:
+                continue
             torch.manual_seed(ranks)
             yield Mine(group, sizes), {"group": group, "classes": classes}
 
@@ -422,7 +429,7 @@ def squared_statistics(target, mine=None, where=None):
 
 
 def check_every_order(groups):
-    for mine, where in each_cut(groups):
+    for mine, where in each_cut(groups, few=True):
         x = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
         y, w = torch.tensor([0, 10, -100, 5]), torch.rand(11, dtype=torch.float64) + 0.5
         t = torch.randn(4, 11, dtype=torch.float64).softmax(1)
@@ -457,7 +464,7 @@ def check_infinities_in_every_order(groups):
 
 
 def check_linear(groups):
-    for mine, where in each_cut(groups):
+    for mine, where in each_cut(groups, few=True):
         for kind, options in [
             ("labels", {}),
             ("weighted smooth", {"z_loss": 0.1, "token_weight": True, "chunk_size": 3}),
@@ -538,7 +545,7 @@ def check_bytes_on_the_wire(groups):
 
 
 def check_compiled(groups):
-    for mine, where in each_cut(groups):
+    for mine, where in each_cut(groups, few=True):
         x = torch.randn(4, 11, requires_grad=True)
         y, mx = torch.tensor([0, 10, -100, 5]), mine.of(x, 1)
         torch._dynamo.reset()

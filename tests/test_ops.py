@@ -20,7 +20,7 @@ def test_every_operator_is_checked():
     """A new operator must come into OPERATORS below, or be checked where its like is."""
     registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("cece::")}
     here = {op._schema.name.split("::")[1] for op, _ in OPERATORS.values()}
-    for file in ("test_token_statistics.py", "test_linear.py", "test_ranks.py"):
+    for file in ("test_token_statistics.py", "test_linear.py", "test_ranks.py", "test_distributed.py"):
         text = (Path(__file__).parent / file).read_text()
         assert "opcheck(" in text
         here |= {name for name in registered if f"torch.ops.cece.{name}.default" in text}
