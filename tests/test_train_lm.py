@@ -20,9 +20,9 @@ def test_a_small_run(tmp_path):
     assert re.search(r"reward: 0\.\d\d -> 0\.\d\d in 2 rounds", done.stdout)
 
 
-@pytest.mark.parametrize("options", [["2"], ["4", "--data-parallel", "fsdp"], ["4", "--data-parallel", "ddp"]], ids=str)
+@pytest.mark.parametrize("options", [["2"], ["4", "--data-parallel", "fsdp"]], ids=str)
 def test_over_processes(options):
-    """The vocabulary cut over processes, beside FSDP and DDP over others: the curve of one process."""
+    """The vocabulary cut over processes, beside FSDP over others: the curve of one process."""
     ranks, *data_parallel = options
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, EXAMPLE]
     command += ["--vocabulary-parallel", "--steps", "2", "--vocabulary", "401", "--characters", "60000", *data_parallel]
