@@ -218,6 +218,11 @@ template <class T>
 CECE_HD T gap(T x, T max) {
   return select(equal(x, max), T(0), max - x);
 }
+// The same where log_sum says if the row is none: then a difference that is NaN is that of the infinite logit.
+template <class T>
+CECE_HD T gap_in_row(T x, T max) {
+  return greatest(max - x, T(0));
+}
 // -log p_j. The order matters: (max + log_sum) - x loses bits when logits are offset by 1e4.
 template <class T>
 CECE_HD T negative_log_probability(T x, T max, T log_sum) {
@@ -268,9 +273,12 @@ CECE_HD T row_slope(T x, T max, T log_sum, T mass, T q, E exp = E()) {
 }
 // The same for the label: p_y - 1 = expm1(-nll) keeps its bits where p_y rounds to 1.
 template <class T>
-CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {
-  const T nll = negative_log_probability(x, max, log_sum);
-  return times(kept, expm1_nonpositive(-nll)) + (exp_nonpositive(-nll) * spread_mass - q);
+CECE_HD T label_slope(T x, T max, T log_sum, T kept) {  // a NaN shows also where the mass is 0
+  return kept * expm1_nonpositive(-negative_log_probability(x, max, log_sum));
+}
+template <class T>
+CECE_HD T label_slope(T x, T max, T log_sum, T kept, T spread_mass, T q) {  // with smoothing
+  return label_slope(x, max, log_sum, kept) + (probability(x, max, log_sum) * spread_mass - q);
 }
 
 // --------------------------------------------------------------------------------- statistics of a row

@@ -2,6 +2,8 @@
 // A kernel asks for a run of elements and gets a pointer: into the tensor itself where that already is a run of
 // Acc, else into its own buffer.
 #pragma once
+#include <bit>
+
 #include "../args.h"
 #include "kernels.h"
 #include "vec.h"
@@ -55,6 +57,56 @@ inline int64_t size_of(Dtype dtype) {
   return size[int(dtype)];
 }
 
+// f(i, count) for vectors of a run: count is the vector's size but for a last, shorter one.
+template <class A, class F>
+inline __attribute__((always_inline)) void each_vector(int64_t n, F&& f) {
+  constexpr int64_t V = Vec<A>::size();
+  int64_t i = 0;
+  for (; i + V <= n; i += V) f(i, V);
+  if (i < n) f(i, n - i);
+}
+// The same, with f(i, count, k): k = 0 ... kWays - 1 in turn, constants to the compiler, so that an array of sums that
+// it indexes stays in registers.
+template <class A, int kWays, class F>
+inline __attribute__((always_inline)) void each_vector_in_turn(int64_t n, F&& f) {
+  constexpr int64_t V = Vec<A>::size();
+  int64_t i = 0;
+  for (; i + kWays * V <= n; i += kWays * V) {
+    for (int k = 0; k < kWays; k++) f(i + k * V, V, k);
+  }
+  for (; i + V <= n; i += V) f(i, V, 0);
+  if (i < n) f(i, n - i, 0);
+}
+// 0, 1, 2, ...: a lane's own number
+template <class A>
+inline Vec<A> lane_numbers() {
+  return Vec<A>::template arange<A>(0, 1);
+}
+// x with `value` in all lanes but the first `count`, and in one lane
+template <class A>
+inline Vec<A> first_lanes(Vec<A> x, int64_t count, A value = 0) {
+  return select(greater(Vec<A>(A(count)), lane_numbers<A>()), x, Vec<A>(value));
+}
+template <class A>
+inline Vec<A> with_lane(Vec<A> x, int64_t lane, A value) {
+  return select(equal(lane_numbers<A>(), Vec<A>(A(lane))), Vec<A>(value), x);
+}
+template <class A>
+inline __attribute__((always_inline)) Vec<A> load_vector(const A* x, int64_t count) {
+  if (count == Vec<A>::size()) return Vec<A>::loadu(x);
+#ifdef CPU_CAPABILITY_AVX2  // as at::vec has it, it goes through memory
+  if constexpr (std::is_same_v<A, float>) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes));
+  }
+#endif
+  return Vec<A>::loadu(x, count);
+}
+template <class A>
+inline __attribute__((always_inline)) void store_vector(A* out, Vec<A> x, int64_t count) {
+  count == Vec<A>::size() ? x.store(out) : x.store(out, count);
+}
+
 template <class S>
 constexpr bool is_reduced = std::is_same_v<S, Half> || std::is_same_v<S, BFloat16>;
 inline auto widen(Vec<Half> x) { return at::vec::convert_half_float(x); }
@@ -65,6 +117,9 @@ inline auto narrow(Type<BFloat16>, Vec<float> a, Vec<float> b) { return at::vec:
 template <class A, class S>
 inline void convert(const S* x, int64_t n, A* out) {
   int64_t i = 0;
+  if constexpr (std::is_same_v<A, S>) {
+    for (; i + Vec<A>::size() <= n; i += Vec<A>::size()) Vec<A>::loadu(x + i).store(out + i);
+  }
   if constexpr (is_reduced<S> && std::is_same_v<A, float>) {
     for (; i + Vec<S>::size() <= n; i += Vec<S>::size()) {
       const auto [low, high] = widen(Vec<S>::loadu(x + i));
@@ -75,12 +130,41 @@ inline void convert(const S* x, int64_t n, A* out) {
   for (; i < n; i++) out[i] = static_cast<A>(x[i]);
 }
 
+// A gradient too large to be still in a cache when it is read: its lines are written whole, without being read first.
+// That is a third of the memory traffic of a backward pass.
+inline bool worth_streaming(const void* from, const Operand& to, int64_t elements) {
+  constexpr int64_t kBytes = 8 << 20;
+  return from != to.data && elements * size_of(to.dtype) >= kBytes;
+}
+// Stores a vector past the caches where its place is aligned; end_streaming() before another thread reads it.
+template <class S>
+inline __attribute__((always_inline)) void stream_vector(S* out, Vec<S> x, int64_t count) {
+  constexpr int64_t kBytes = Vec<S>::size() * sizeof(S);
+  if (count == Vec<S>::size() && reinterpret_cast<uintptr_t>(out) % kBytes == 0) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(out), std::bit_cast<__m512i>(x));
+#elif defined(CPU_CAPABILITY_AVX2)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(out), std::bit_cast<__m256i>(x));
+#endif
+  }
+  store_vector(out, x, count);
+}
+inline void end_streaming() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 template <class A, class S>
-inline void convert_back(const A* x, int64_t n, S* out) {
+inline void convert_back(const A* x, int64_t n, S* out, bool stream = false) {
   int64_t i = 0;
+  const auto put = [&](Vec<S> v) { stream ? stream_vector(out + i, v, v.size()) : v.store(out + i); };
+  if constexpr (std::is_same_v<A, S>) {
+    for (; i + Vec<A>::size() <= n; i += Vec<A>::size()) put(Vec<A>::loadu(x + i));
+  }
   if constexpr (is_reduced<S> && std::is_same_v<A, float>) {
     for (; i + Vec<S>::size() <= n; i += Vec<S>::size()) {
-      narrow(Type<S>{}, Vec<float>::loadu(x + i), Vec<float>::loadu(x + i + Vec<float>::size())).store(out + i);
+      put(narrow(Type<S>{}, Vec<float>::loadu(x + i), Vec<float>::loadu(x + i + Vec<float>::size())));
     }
   }
   for (; i < n; i++) out[i] = static_cast<S>(x[i]);
@@ -157,80 +241,200 @@ inline int64_t offset_of(const Shape& s, const Operand& t, int64_t row) {
   return s.dims ? offset + row * t.stride[0] : 0;
 }
 
-// f(i, count) for vectors of a run: count is the vector's size but for a last, shorter one.
-template <class A, class F>
-inline __attribute__((always_inline)) void each_vector(int64_t n, F&& f) {
-  constexpr int64_t V = Vec<A>::size();
-  int64_t i = 0;
-  for (; i + V <= n; i += V) f(i, V);
-  if (i < n) f(i, n - i);
-}
-// The same, with f(i, count, k): k = 0 ... kWays - 1 in turn, constants to the compiler, so that an array of sums that
-// it indexes stays in registers.
-template <class A, int kWays, class F>
-inline __attribute__((always_inline)) void each_vector_in_turn(int64_t n, F&& f) {
-  constexpr int64_t V = Vec<A>::size();
-  int64_t i = 0;
-  for (; i + kWays * V <= n; i += kWays * V) {
-    for (int k = 0; k < kWays; k++) f(i + k * V, V, k);
+// ---- tiles: kWide rows side by side, class after class
+
+constexpr int64_t kWide = 64, kTileClasses = 96, kTile = kWide * kTileClasses;  // of floats 24 KiB: it stays in L1
+
+// Elements 0 ... 3 of as many rows as there are lanes, `stride` apart: column[c] has element c of each row.
+template <class A>
+inline void load_columns(const A* x, int64_t stride, Vec<A> (&column)[4]) {
+  A lane[4][Vec<A>::size()];
+  for (int64_t row = 0; row < Vec<A>::size(); row++) {
+    for (int c = 0; c < 4; c++) lane[c][row] = x[row * stride + c];
   }
-  for (; i + V <= n; i += V) f(i, V, 0);
-  if (i < n) f(i, n - i, 0);
-}
-// 0, 1, 2, ...: a lane's own number
-template <class A>
-inline Vec<A> lane_numbers() {
-  return Vec<A>::template arange<A>(0, 1);
-}
-// x with `value` in all lanes but the first `count`, and in one lane
-template <class A>
-inline Vec<A> first_lanes(Vec<A> x, int64_t count, A value = 0) {
-  return select(greater(Vec<A>(A(count)), lane_numbers<A>()), x, Vec<A>(value));
+  for (int c = 0; c < 4; c++) column[c] = Vec<A>::loadu(lane[c]);
 }
 template <class A>
-inline Vec<A> with_lane(Vec<A> x, int64_t lane, A value) {
-  return select(equal(lane_numbers<A>(), Vec<A>(A(lane))), Vec<A>(value), x);
-}
-template <class A>
-inline __attribute__((always_inline)) Vec<A> load_vector(const A* x, int64_t count) {
-  if (count == Vec<A>::size()) return Vec<A>::loadu(x);
-#ifdef CPU_CAPABILITY_AVX2  // as at::vec has it, it goes through memory
-  if constexpr (std::is_same_v<A, float>) {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes));
+inline void store_columns(A* out, int64_t stride, const Vec<A> (&column)[4]) {
+  A lane[4][Vec<A>::size()];
+  for (int c = 0; c < 4; c++) column[c].store(lane[c]);
+  for (int64_t row = 0; row < Vec<A>::size(); row++) {
+    for (int c = 0; c < 4; c++) out[row * stride + c] = lane[c][row];
   }
+}
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// Rows i, i + 4, ... are the quarters of vector i, and each quarter of the four vectors is a 4 x 4 matrix to transpose.
+#if defined(CPU_CAPABILITY_AVX512)
+#define CECE_512(name) _mm512_##name
+inline __m512 load_quarters(const float* x, int64_t step) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(x));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(x + step), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(x + 2 * step), 2);
+  return _mm512_insertf32x4(v, _mm_loadu_ps(x + 3 * step), 3);
+}
+inline void store_quarters(float* out, int64_t step, __m512 v) {
+  _mm_storeu_ps(out, _mm512_castps512_ps128(v));
+  _mm_storeu_ps(out + step, _mm512_extractf32x4_ps(v, 1));
+  _mm_storeu_ps(out + 2 * step, _mm512_extractf32x4_ps(v, 2));
+  _mm_storeu_ps(out + 3 * step, _mm512_extractf32x4_ps(v, 3));
+}
+#else
+#define CECE_512(name) _mm256_##name
+inline __m256 load_quarters(const float* x, int64_t step) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(x + step), 1);
+}
+inline void store_quarters(float* out, int64_t step, __m256 v) {
+  _mm_storeu_ps(out, _mm256_castps256_ps128(v));
+  _mm_storeu_ps(out + step, _mm256_extractf128_ps(v, 1));
+}
 #endif
-  return Vec<A>::loadu(x, count);
+template <class Bits>
+inline __attribute__((always_inline)) void transpose_quarters(Bits (&v)[4]) {
+  const auto low = CECE_512(castps_pd)(CECE_512(unpacklo_ps)(v[0], v[1]));
+  const auto high = CECE_512(castps_pd)(CECE_512(unpackhi_ps)(v[0], v[1]));
+  const auto low2 = CECE_512(castps_pd)(CECE_512(unpacklo_ps)(v[2], v[3]));
+  const auto high2 = CECE_512(castps_pd)(CECE_512(unpackhi_ps)(v[2], v[3]));
+  v[0] = CECE_512(castpd_ps)(CECE_512(unpacklo_pd)(low, low2)),
+  v[1] = CECE_512(castpd_ps)(CECE_512(unpackhi_pd)(low, low2));
+  v[2] = CECE_512(castpd_ps)(CECE_512(unpacklo_pd)(high, high2)),
+  v[3] = CECE_512(castpd_ps)(CECE_512(unpackhi_pd)(high, high2));
+}
+#undef CECE_512
+inline __attribute__((always_inline)) void load_columns(const float* x, int64_t stride, Vec<float> (&column)[4]) {
+  decltype(load_quarters(x, stride)) v[4];
+  for (int i = 0; i < 4; i++) v[i] = load_quarters(x + i * stride, 4 * stride);
+  transpose_quarters(v);
+  for (int i = 0; i < 4; i++) column[i] = v[i];
+}
+inline __attribute__((always_inline)) void store_columns(float* out, int64_t stride, const Vec<float> (&column)[4]) {
+  decltype(load_quarters(out, stride)) v[4] = {column[0], column[1], column[2], column[3]};
+  transpose_quarters(v);
+  for (int i = 0; i < 4; i++) store_quarters(out + i * stride, 4 * stride, v[i]);
+}
+#endif
+
+// f(i, c): rows of adjacent classes are transposed in registers, from row i and class c on. Of the last four classes
+// some may come twice.
+template <class A, class F>
+inline void each_columns(int64_t rows, int64_t classes, F&& f) {
+  for (int64_t i = 0; i < rows; i += Vec<A>::size()) {
+    for (int64_t c = 0; c < classes; c += 4) f(i, std::min(c, classes - 4));
+  }
+}
+inline bool transposable(const Operand& t, int64_t classes) { return t.class_stride == 1 && classes >= 4; }
+
+// f(row, elements): rows of adjacent classes as runs, one if they are adjacent too
+template <class F>
+inline void each_run(int64_t along, int64_t rows, int64_t classes, F&& f) {
+  if (along == classes) return f(0, rows * classes);
+  for (int64_t i = 0; i < rows; i++) f(i, classes);
+}
+// Rows offset, offset + along, ... of a tensor's adjacent classes as one run; buffer holds it. write_run: and back.
+template <class A>
+inline const A* rows_in_run(const Operand& t, int64_t offset, int64_t along, int64_t rows, int64_t classes,
+                            A* __restrict buffer, bool copy = false) {
+  if (t.dtype == dtype_of<A> && along == classes && !copy) return static_cast<const A*>(t.data) + offset;
+  visit(t.dtype, [&](auto type) {
+    const auto* x = static_cast<const typename decltype(type)::type*>(t.data) + offset;
+    each_run(along, rows, classes, [&](int64_t i, int64_t n) { convert(x + i * along, n, buffer + i * classes); });
+  });
+  return buffer;
 }
 template <class A>
-inline __attribute__((always_inline)) void store_vector(A* out, Vec<A> x, int64_t count) {
-  count == Vec<A>::size() ? x.store(out) : x.store(out, count);
+inline void write_run(const Operand& t, int64_t offset, int64_t along, int64_t rows, int64_t classes,
+                      const A* __restrict x, bool stream) {
+  visit(t.dtype, [&](auto type) {
+    auto* out = static_cast<typename decltype(type)::type*>(t.data) + offset;
+    each_run(along, rows, classes,
+             [&](int64_t i, int64_t n) { convert_back(x + i * classes, n, out + i * along, stream); });
+  });
 }
 
-// A gradient too large to be still in a cache when it is read: its lines are written whole, without being read first.
-// That is a third of the memory traffic of a backward pass.
-inline bool worth_streaming(const void* from, const Operand& to, int64_t elements) {
-  constexpr int64_t kBytes = 8 << 20;
-  return from != to.data && elements * size_of(to.dtype) >= kBytes;
-}
-// Stores a vector past the caches where its place is aligned; end_streaming() before another thread reads it.
 template <class A>
-inline __attribute__((always_inline)) void stream_vector(A* out, Vec<A> x, int64_t count) {
-  constexpr int64_t kBytes = Vec<A>::size() * sizeof(A);
-  if (count == Vec<A>::size() && reinterpret_cast<uintptr_t>(out) % kBytes == 0) {
-#if defined(CPU_CAPABILITY_AVX512)
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(out), at::vec::cast<int32_t>(at::vec::cast<float>(x)));
-#elif defined(CPU_CAPABILITY_AVX2)
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(out), at::vec::cast<int32_t>(at::vec::cast<float>(x)));
-#endif
+struct Tile {  // element (class c, row i) is data[c * pitch + i]
+  A* data;
+  int64_t pitch;
+};
+// A tensor's own memory where that already is a tile of whole vectors, else `other`.
+template <class A>
+inline Tile<A> tile_in_place(const Operand& t, int64_t offset, int64_t along, int64_t rows, Tile<A> other) {
+  const bool is = t.dtype == dtype_of<A> && along == 1 && rows % Vec<A>::size() == 0;
+  return is ? Tile<A>{static_cast<A*>(t.data) + offset, t.class_stride} : other;
+}
+
+// Rows offset, offset + along, ... of a tensor, `classes` of each, as a tile. What is no whole vector of Acc is staged,
+// so that nothing beside the rows is touched.
+template <class A>
+inline void read_tile(const Operand& t, int64_t offset, int64_t along, int64_t rows, int64_t classes,
+                      A* __restrict tile, A* __restrict staging) {
+  if (transposable(t, classes)) {
+    const bool direct = t.dtype == dtype_of<A> && rows % Vec<A>::size() == 0;
+    const A* const x =
+        direct ? static_cast<const A*>(t.data) + offset : rows_in_run(t, offset, along, rows, classes, staging, true);
+    const int64_t stride = direct ? along : classes;
+    return each_columns<A>(rows, classes, [&](int64_t i, int64_t c) {
+      Vec<A> column[4];
+      load_columns(x + i * stride + c, stride, column);
+      for (int k = 0; k < 4; k++) column[k].store(tile + (c + k) * kWide + i);
+    });
   }
-  store_vector(out, x, count);
+  visit(t.dtype, [&](auto type) {
+    const auto* x = static_cast<const typename decltype(type)::type*>(t.data) + offset;
+    for (int64_t c = 0; c < classes; c++) {
+      const auto* run = x + c * t.class_stride;
+      along == 1 ? convert(run, rows, tile + c * kWide) : gather_strided(run, along, rows, tile + c * kWide);
+    }
+  });
 }
-inline void end_streaming() {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  _mm_sfence();
+
+template <class A>
+inline void write_tile(const Operand& t, int64_t offset, int64_t along, int64_t rows, int64_t classes,
+                       const A* __restrict tile, A* __restrict staging, bool stream) {
+  if (transposable(t, classes)) {
+    each_columns<A>(rows, classes, [&](int64_t i, int64_t c) {
+      Vec<A> column[4];
+      for (int k = 0; k < 4; k++) column[k] = Vec<A>::loadu(tile + (c + k) * kWide + i);
+      store_columns(staging + i * classes + c, classes, column);
+    });
+    return write_run(t, offset, along, rows, classes, staging, stream);
+  }
+  visit(t.dtype, [&](auto type) {
+    using S = typename decltype(type)::type;
+    S* out = static_cast<S*>(t.data) + offset;
+    for (int64_t c = 0; c < classes; c++) {
+      S* run = out + c * t.class_stride;
+      const A* x = tile + c * kWide;
+      if (along == 1) {
+        convert_back(x, rows, run, stream);
+      } else {
+        for (int64_t i = 0; i < rows; i++) run[i * along] = static_cast<S>(x[i]);
+      }
+    }
+  });
+}
+
+template <class A>
+using Lanes = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;  // indices of a vector's lanes
+// Lane lane[i] of x in lane i
+template <class A>
+inline Vec<A> permuted(Vec<A> x, const Lanes<A>* lane) {
+  A from[Vec<A>::size()], to[Vec<A>::size()];
+  x.store(from);
+  for (int64_t i = 0; i < Vec<A>::size(); i++) to[i] = from[lane[i]];
+  return Vec<A>::loadu(to);
+}
+#if defined(CPU_CAPABILITY_AVX512)
+inline Vec<float> permuted(Vec<float> x, const int32_t* lane) {
+  return _mm512_permutexvar_ps(_mm512_loadu_si512(lane), x);
+}
+inline Vec<double> permuted(Vec<double> x, const int64_t* lane) {
+  return _mm512_permutexvar_pd(_mm512_loadu_si512(lane), x);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Vec<float> permuted(Vec<float> x, const int32_t* lane) {
+  return _mm256_permutevar8x32_ps(x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane)));
+}
 #endif
-}
 
 // What a loop along a row takes at a time of elements S: a vector, or a register of bfloat16, which is two, elements at
 // even places and at odd ones. One instruction makes either, where their order would take four, and a sum has none.
@@ -254,8 +458,7 @@ struct Pack<float, BFloat16> {
   }
   void store(BFloat16* out) const { narrow_pairs(v[0], v[1]).store(out); }
   void stream(BFloat16* out) const {
-    const Vec<float> bits = at::vec::cast<float>(narrow_pairs(v[0], v[1]));
-    stream_vector(reinterpret_cast<float*>(out), bits, Vec<float>::size());
+    stream_vector(reinterpret_cast<int32_t*>(out), narrow_pairs(v[0], v[1]), Vec<int32_t>::size());
   }
 };
 // Elements i ... of n, filled up

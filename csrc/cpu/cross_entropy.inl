@@ -20,6 +20,7 @@ struct CrossEntropy {
   using V = Vec<A>;
   static constexpr int64_t kLanes = V::size(), kGroup = 4 * kLanes;
   static constexpr bool kFull = std::is_same_v<Args, TokenStatisticsArgs>;
+  struct Nothing {};
 
   // ---- the target of a row
 
@@ -31,34 +32,34 @@ struct CrossEntropy {
     return f(integral_constant<Target, Target::hard>{});
   }
 
-  static constexpr int64_t kIgnored = -1, kImpossible = -2, kUnlabelled = -3, kElsewhere = -4;  // in another shard
+  static constexpr int64_t kIgnored = -1, kImpossible = -2, kElsewhere = -3;  // elsewhere: in another shard
 
   // The class indices of rows first ... first + n - 1, each a class here or one of the above. True if all are classes.
-  static bool read_labels(const Args& a, int64_t first, int64_t n, int64_t* y) {
+  template <class Y>
+  static bool read_labels(const Args& a, int64_t first, int64_t n, Y* __restrict y) {
     if (!a.labels) {
-      std::fill_n(y, n, kIgnored);
+      std::fill_n(y, n, Y(kIgnored));
       return true;
     }
-    int64_t classes = 0;
-    const auto read = [&](auto* labels) {
+    const int64_t classes = a.classes, all_classes = a.all_classes, ignore_index = a.ignore_index;
+    int64_t labelled = 0;
+    const auto read = [&](const auto* labels, auto of_shard) {
       for (int64_t i = 0; i < n; i++) {
-        const int64_t label = labels[first + i];
-        const bool possible = label >= 0 && label < a.all_classes, ignored = label == a.ignore_index;
-        y[i] = ignored ? kIgnored : possible ? label : kImpossible;
-        classes += possible & !ignored;
+        const int64_t label = labels[first + i], here = of_shard ? label - a.first_class : label;
+        const bool possible = (label >= 0) & (label < all_classes), ignored = label == ignore_index;
+        const bool inside = !of_shard || uint64_t(here) < uint64_t(classes);
+        y[i] = Y(ignored ? kIgnored : !possible ? kImpossible : inside ? here : kElsewhere);
+        labelled += possible & !ignored & inside;
       }
     };
     visit(a.label_dtype, [&](auto type) {
       using S = typename decltype(type)::type;
-      if constexpr (std::is_integral_v<S>) read(static_cast<const S*>(a.labels));
+      if constexpr (std::is_integral_v<S>) {
+        const S* const labels = static_cast<const S*>(a.labels);
+        classes == all_classes ? read(labels, std::false_type()) : read(labels, std::true_type());
+      }
     });
-    for (int64_t i = 0; a.classes != a.all_classes && i < n; i++) {  // of a shard: beside the loop that is fast
-      if (y[i] < 0) continue;
-      const int64_t here = y[i] - a.first_class;
-      y[i] = here >= 0 && here < a.classes ? here : kElsewhere;
-      classes -= y[i] == kElsewhere;
-    }
-    return classes == n;
+    return labelled == n;
   }
   static int64_t label(const Args& a, int64_t row) {
     int64_t y;
@@ -618,317 +619,401 @@ struct CrossEntropy {
   }
 
   // ---- rows side by side, one a lane
+  //
+  // kWide rows come into L1 as a tile, class by class whatever their layout: their maximum is found there, then the
+  // sums are formed in registers. A gradient is formed in the tile and goes back as a whole, so it may be in place.
 
   struct Block {  // rows first ... first + n - 1, in `lanes` lanes, and where their class 0 is
     int64_t first, n, lanes, at_x, at_t, at_out, x_stride, t_stride, out_stride;
-    int64_t y[kMaxPixels];
-    bool all_labelled;
   };
-  static void locate(const Args& a, int64_t task, Block& b) {
+  // f(Block) for the tiles of the tasks begin ... end - 1.
+  template <class F>
+  static void each_block(const Args& a, int64_t begin, int64_t end, F&& f) {
     const int last = a.rows.dims - 1;
-    const int64_t pixels = pixels_per_task(a);
-    const int64_t inner = last < 0 ? 1 : a.rows.size[last], blocks = (inner + pixels - 1) / pixels;
+    const int64_t inner = last < 0 ? 1 : a.rows.size[last], blocks = (inner + kPixels - 1) / kPixels;
     const auto along = [&](const Operand& t) { return last < 0 ? 0 : t.stride[last]; };
-    b.first = task / blocks * inner + task % blocks * pixels;
-    b.n = std::min(pixels, inner - task % blocks * pixels);
-    b.lanes = (b.n + kLanes - 1) / kLanes * kLanes;
-    b.at_x = offset_of(a.rows, a.logits, b.first);
-    b.at_t = offset_of(a.rows, a.probabilities, b.first);
-    b.at_out = offset_of(a.rows, a.grad_logits, b.first);
+    Block b;
     b.x_stride = along(a.logits), b.t_stride = along(a.probabilities), b.out_stride = along(a.grad_logits);
-    b.all_labelled = read_labels(a, b.first, b.n, b.y);
-  }
-  // The label's mass, logit and weight, side by side; 0 without a label.
-  static void gather_labels(const Args& a, const Block& b, A* x_y, A* w_y) {
-    visit(a.logits.dtype, [&](auto type) {
-      const auto* x = static_cast<const typename decltype(type)::type*>(a.logits.data) + b.at_x;
-      for (int64_t i = 0; i < b.n; i++) {
-        const bool labelled = b.y[i] >= 0;
-        x_y[i] = labelled ? static_cast<A>(x[b.y[i] * a.logits.class_stride + i * b.x_stride]) : A(0);
-        w_y[i] = labelled ? class_weight(a, b.y[i]) : A(0);
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t done = task % blocks * kPixels;
+      b.first = task / blocks * inner + done;
+      b.at_x = offset_of(a.rows, a.logits, b.first);
+      b.at_t = offset_of(a.rows, a.probabilities, b.first);
+      b.at_out = offset_of(a.rows, a.grad_logits, b.first);
+      for (int64_t left = std::min(kPixels, inner - done); left > 0; left -= kWide) {
+        b.n = std::min(kWide, left), b.lanes = (b.n + kLanes - 1) / kLanes * kLanes;
+        f(b);
+        b.first += kWide;
+        b.at_x += kWide * b.x_stride, b.at_t += kWide * b.t_stride, b.at_out += kWide * b.out_stride;
       }
-    });
+    }
   }
 
-  // The run of the next class, asked for while this one is worked on: it is far away, and the prefetcher starts anew.
-  static const char* next_run(const Args& a, const Block& b, int64_t c) {
-    const int64_t next = std::min(c + 1, a.classes - 1);
-    return static_cast<const char*>(a.logits.data) + (b.at_x + next * a.logits.class_stride) * size_of(a.logits.dtype);
+  struct Labels {  // their classes; the label's logit (any without one) and weight (0 without one)
+    int32_t y[kWide];
+    alignas(64) A x[kWide], weight[kWide];
+    bool all;
+  };
+  static void read_labels(const Args& a, const Block& b, Labels& l) {
+    l.all = read_labels(a, b.first, b.n, l.y);
+    for (int64_t i = 0; i < b.n; i++) l.weight[i] = A(l.y[i] >= 0);
+    for (int64_t i = 0; i < b.n && a.weight; i++) l.weight[i] *= class_weight(a, std::max(l.y[i], 0));
+  }
+  // f(row, class) for the labels among n classes of a tile, counted from `first`.
+  template <class F>
+  static void each_label(const Block& b, const Labels& l, int64_t first, int64_t n, F&& f) {
+    for (int64_t i = 0; i < b.n; i++) {
+      const int64_t c = l.y[i] - first;
+      if (uint64_t(c) < uint64_t(n)) f(i, c);
+    }
   }
 
-  // Sums over the classes of a block of rows, one row a lane. A float sum of thousands of terms would drift, so kGroup
-  // classes are added up plainly and each group's sums to LongSums, relative to the maximum so far.
+  // Sums over the classes of a tile's rows. A float sum of thousands of terms would drift, so kGroup classes are added
+  // up plainly and each group's sums to LongSums. Terms are relative to the maximum so far, which rises from a tile of
+  // kTileClasses classes to the next one only.
   struct Sums {
     static constexpr int64_t kGroup = 16;
     struct Long {
-      alignas(64) A sum[kMaxPixels], lost[kMaxPixels];
+      alignas(64) A sum[kWide], lost[kWide];
       LongSum<V> at(int64_t i) const { return {V::loadu(sum + i), V::loadu(lost + i)}; }
       void put(int64_t i, const LongSum<V>& s) { s.sum.store(sum + i), s.lost.store(lost + i); }
+      A one(int64_t i) const { return LongSum<A>{sum[i], lost[i]}.value(); }
     };
-    alignas(64) A max[kMaxPixels], rest[kMaxPixels], gaps[kMaxPixels], mass[kMaxPixels];  // of this group
-    alignas(64) A group_max[kMaxPixels];                                                  // as this group began
-    Long all_rest, all_gaps, all_mass;
+    alignas(64) A max[kWide];
+    Long rest, gaps, mass;
     struct Full {
-      A heat[kMaxPixels], square[kMaxPixels], argmax[kMaxPixels];
-      Long all_heat, all_square;
+      alignas(64) A argmax[kWide];
+      Long heat, square;
     };
-    struct Nothing {};
     [[no_unique_address]] std::conditional_t<kFull, Full, Nothing> full;
-
-    void reset(int64_t lanes, bool dense) {
-      const auto clear = [&](Long& s) { std::fill_n(s.sum, lanes, A(0)), std::fill_n(s.lost, lanes, A(0)); };
-      std::fill_n(max, lanes, lowest<A>()), std::fill_n(group_max, lanes, lowest<A>());
-      std::fill_n(rest, lanes, A(-1));
-      clear(all_rest);
-      if (dense) std::fill_n(gaps, lanes, A(0)), std::fill_n(mass, lanes, A(0)), clear(all_gaps), clear(all_mass);
-      if constexpr (kFull) {
-        std::fill_n(full.heat, lanes, A(0)), std::fill_n(full.square, lanes, A(-1)),
-            std::fill_n(full.argmax, lanes, A(0));
-        clear(full.all_heat), clear(full.all_square);
-      }
-    }
-    void end_group(int64_t lanes, bool dense) {
-      const V zero(A(0));
-      for (int64_t i = 0; i < lanes; i += kLanes) {
-        const V rise = gap(V::loadu(group_max + i), V::loadu(max + i));
-        LongSum<V> s = all_rest.at(i);
-        const V z = exp_nonpositive(-rise);
-        if constexpr (kFull) {
-          LongSum<V> h = full.all_heat.at(i), q = full.all_square.at(i);
-          h.scale(z), h.add(times(z, times(s.value(), rise))), h.add(V::loadu(full.heat + i));
-          q.scale(z * z), q.add(V::loadu(full.square + i));
-          full.all_heat.put(i, h), full.all_square.put(i, q);
-          zero.store(full.heat + i), zero.store(full.square + i);
-        }
-        s.scale(z);
-        s.add(V::loadu(rest + i));
-        all_rest.put(i, s);
-        zero.store(rest + i);  // the maximal element's own term has been left out for good
-        V::loadu(max + i).store(group_max + i);
-        if (!dense) continue;
-        LongSum<V> g = all_gaps.at(i), m = all_mass.at(i);
-        g.add(times(m.value(), rise));
-        g.add(V::loadu(gaps + i));
-        m.add(V::loadu(mass + i));
-        all_gaps.put(i, g), all_mass.put(i, m);
-        zero.store(gaps + i), zero.store(mass + i);
-      }
-    }
   };
 
   struct PixelBuffers {
-    Block block;
+    Labels labels;
     Sums sums;
-    alignas(64) A x[kMaxPixels], t[kMaxPixels], out[kMaxPixels], x_y[kMaxPixels], w_y[kMaxPixels];
-    alignas(64) A g[kMaxPixels], y[kMaxPixels];
+    alignas(64) A x[kTile], t[kTile], staging[kTile];
+    alignas(64) Lanes<A> row[kLanes * kTileClasses];
     struct Full {
-      A slope[kMaxPixels], constant[kMaxPixels], heat[kMaxPixels], square[kMaxPixels], spread[kMaxPixels];
+      alignas(64) A slope[kTile];
     };
-    [[no_unique_address]] std::conditional_t<kFull, Full, typename Sums::Nothing> full;
+    [[no_unique_address]] std::conditional_t<kFull, Full, Nothing> full;
     A* slope() {
       if constexpr (kFull) return full.slope;
       return nullptr;
     }
   };
 
-  static double one_of(const typename Sums::Long& s, int64_t i) { return LongSum<A>{s.sum[i], s.lost[i]}.value(); }
+  // Where the next tile's logits are. They are asked for while this one is worked on: a class's run is short, and too
+  // far from the next class's for a prefetcher.
+  struct Ahead {
+    const char* data;
+    int64_t class_bytes, bytes;
+
+    Ahead(const Args& a, const Block& b, int64_t first) : bytes(size_of(a.logits.dtype)) {
+      const int64_t stride = a.logits.class_stride;
+      data = static_cast<const char*>(a.logits.data) + (b.at_x + first * stride + kWide * b.x_stride) * bytes;
+      class_bytes = (b.x_stride == 1 ? stride : kWide) * bytes;
+    }
+    const char* at(int64_t c, int64_t i) const { return data + c * class_bytes + i * bytes; }
+  };
+
+  // The masses of row group i of a tile whose first class is c.
+  template <Target K>
+  struct TileMasses {
+    const A *t, *w;
+    V keep, spread;
+
+    TileMasses(const Args& a, const A* t, int64_t c)
+        : t(t),
+          w(a.weight ? static_cast<const A*>(a.weight) + c : nullptr),
+          keep(CrossEntropy::keep(a)),
+          spread(CrossEntropy::spread(a)) {}
+    V at(int64_t c, int64_t i) const {
+      V q = spread;
+      if constexpr (K == Target::soft) q = smoothed(V::loadu(t + c * kWide + i), keep, spread);
+      return w ? q * V(w[c]) : q;
+    }
+  };
+
+  // Classes c ... c + n - 1 of the logits, and of a target of probabilities; the labels' logits among them.
+  template <Target K>
+  static void read_tiles(const Args& a, const Block& b, PixelBuffers& buffer, int64_t c, int64_t n, Tile<A> x) {
+    if (x.data == buffer.x) {
+      read_tile(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, n, x.data, buffer.staging);
+    }
+    if (transforms(a)) transform(a, buffer.x, n * kWide, buffer.x, buffer.slope());
+    if constexpr (K == Target::soft) {
+      const int64_t at = b.at_t + c * a.probabilities.class_stride;
+      read_tile(a.probabilities, at, b.t_stride, b.n, n, buffer.t, buffer.staging);
+    }
+    Labels& l = buffer.labels;
+    each_label(b, l, c, n, [&](int64_t i, int64_t k) { l.x[i] = x.data[k * x.pitch + i]; });
+  }
+
+  // Adds n classes, from class `first` on. Every logit meets the maximum so far, the lesser one of the two joins the
+  // sum: so one maximal term stays out of it.
+  template <Target K>
+  static void add_classes(const Args& a, const Block& b, PixelBuffers& buffer, int64_t first, int64_t n) {
+    Sums& s = buffer.sums;
+    const V zero(A(0));
+    const TileMasses<K> masses(a, buffer.t, first);
+    const Ahead ahead(a, b, first);
+    for (int64_t i = 0; i < b.lanes; i += kLanes) {
+      const A* x = buffer.x + i;
+      const V before = first > 0 ? V::loadu(s.max + i) : V(lowest<A>());
+      V max = before, argmax = zero;
+      if constexpr (kFull) argmax = first > 0 ? V::loadu(s.full.argmax + i) : zero;
+      for (int64_t c = 0; c < n; c++) {
+        const V x_c = V::loadu(x + c * kWide);
+        if constexpr (kFull) argmax = select(greater(x_c, max), V(A(first + c)), argmax);
+        max = at::vec::clamp_min(x_c, max);  // ignores NaN, which the sum will find
+      }
+      max.store(s.max + i);
+      if constexpr (kFull) argmax.store(s.full.argmax + i);
+      LongSum<V> rest, gaps, mass, heat, square;
+      if (first > 0) {
+        rest = s.rest.at(i);
+        if constexpr (kFull) heat = s.full.heat.at(i), square = s.full.square.at(i);
+        if constexpr (K != Target::hard) gaps = s.gaps.at(i), mass = s.mass.at(i);
+        const V rise = gap(before, max), z = exp_nonpositive(-rise);
+        if constexpr (kFull) {
+          heat.scale(z), heat.add(times(z, times(rest.value(), rise)));
+          square.scale(z * z);
+        }
+        rest.scale(z);
+        if constexpr (K != Target::hard) gaps.add(times(mass.value(), rise));
+      }
+      V so_far = before;
+      for (int64_t group = 0; group < n; group += Sums::kGroup) {
+        V group_rest = zero, group_heat = zero, group_square = zero, group_gaps = zero, group_mass = zero;
+        for (int64_t c = group, end = std::min(group + Sums::kGroup, n); c < end; c++) {
+          __builtin_prefetch(ahead.at(c, i));
+          const V x_c = V::loadu(x + c * kWide), loser = lesser(x_c, so_far), e = exp_nonpositive(loser - max);
+          so_far = at::vec::clamp_min(x_c, so_far);
+          group_rest = group_rest + e;
+          if constexpr (kFull) {
+            group_heat = group_heat + times(e, max - loser), group_square = group_square + e * e;
+          }
+          if constexpr (K != Target::hard) {
+            const V q = masses.at(c, i);
+            group_gaps = group_gaps + times(q, gap(x_c, max)), group_mass = group_mass + q;
+          }
+        }
+        rest.add(group_rest);
+        if constexpr (kFull) heat.add(group_heat), square.add(group_square);
+        if constexpr (K != Target::hard) gaps.add(group_gaps), mass.add(group_mass);
+      }
+      s.rest.put(i, rest);
+      if constexpr (kFull) s.full.heat.put(i, heat), s.full.square.put(i, square);
+      if constexpr (K != Target::hard) s.gaps.put(i, gaps), s.mass.put(i, mass);
+    }
+  }
 
   template <Target K>
-  static void forward_block(const Args& a, PixelBuffers& buffer, int64_t task) {
+  static void forward_block(const Args& a, PixelBuffers& buffer, const Block& b) {
+    Sums& s = buffer.sums;
+    Labels& l = buffer.labels;
+    read_labels(a, b, l);
+    int64_t c = 0;
+    do {  // once, too, where there is no class: that begins the sums
+      const int64_t n = std::min(kTileClasses, a.classes - c);
+      read_tiles<K>(a, b, buffer, c, n, {buffer.x, kWide});
+      add_classes<K>(a, b, buffer, c, n);
+    } while ((c += kTileClasses) < a.classes);
     constexpr bool dense = K != Target::hard;
-    Block& b = buffer.block;
-    Sums& sums = buffer.sums;
-    A *const x_y = buffer.x_y, *const w_y = buffer.w_y;
-    locate(a, task, b);
-    sums.reset(b.lanes, dense);
-
-    const V keep_v(keep(a)), spread_v(spread(a));
-    const int64_t step = b.x_stride * size_of(a.logits.dtype);
-    for (int64_t c = 0; c < a.classes; c++) {
-      const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer.x);
-      x = transformed(a, x, b.n, buffer.x);
-      const A* t = nullptr;
-      if constexpr (K == Target::soft) {
-        t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, buffer.t);
-      }
-      const V w(class_weight(a, c));
-      const char* next = next_run(a, b, c);
-      each_vector<A>(b.n, [&](int64_t i, int64_t count) {
-        __builtin_prefetch(next + i * step);
-        const V x_i = load_vector(x + i, count);
-        std::conditional_t<kFull, Moments<V>, LogSumExp<V>> s;
-        s.max = V::loadu(sums.max + i), s.rest = V::loadu(sums.rest + i);
-        const V old_max = s.max;
-        if constexpr (kFull) {
-          s.heat = V::loadu(sums.full.heat + i), s.square = V::loadu(sums.full.square + i);
-          select(x_i > old_max, V(A(c)), V::loadu(sums.full.argmax + i)).store(sums.full.argmax + i);
-        }
-        s.push(x_i);
-        if constexpr (kFull) s.heat.store(sums.full.heat + i), s.square.store(sums.full.square + i);
-        s.max.store(sums.max + i), s.rest.store(sums.rest + i);
-        if constexpr (dense) {
-          V q = spread_v;
-          if constexpr (K == Target::soft) q = smoothed(load_vector(t + i, count), keep_v, spread_v);
-          TargetGaps<V> target{V::loadu(sums.gaps + i), V::loadu(sums.mass + i)};
-          target.rebase(old_max, s.max);
-          target.push(q * w, x_i, s.max);
-          target.gaps.store(sums.gaps + i), target.mass.store(sums.mass + i);
-        }
-      });
-      if (c % Sums::kGroup == Sums::kGroup - 1) sums.end_group(b.lanes, dense);
-    }
-    if (a.classes % Sums::kGroup || a.classes == 0) sums.end_group(b.lanes, dense);
+    // What met the first logit was none: it joined the sum as 0, or as 1 where no logit is greater. (A loss of no
+    // classes at all is 0.)
+    const A none = A(a.classes > 0 || kFull || a.parts);
+    const auto virtual_term = [none](auto max) {
+      using T = decltype(max);
+      return select(equal(max, T(lowest<A>())), T(none), T(A(0)));
+    };
     if (kFull || a.parts) {
       for (int64_t i = 0; i < b.n; i++) {
-        if (skip(a, b.first + i, b.y[i])) continue;
-        RowState s;
-        s.sums.max = sums.max[i], s.sums.rest = one_of(sums.all_rest, i);
-        if (dense) s.target = {one_of(sums.all_gaps, i), one_of(sums.all_mass, i)};
+        if (skip(a, b.first + i, l.y[i])) continue;
+        const A one = virtual_term(s.max[i]);
+        RowState row;
+        row.sums.max = s.max[i], row.sums.rest = s.rest.one(i) - one;
+        if (dense) row.target = {s.gaps.one(i), s.mass.one(i)};
         if constexpr (kFull) {
-          s.sums.heat = one_of(sums.full.all_heat, i), s.sums.square = one_of(sums.full.all_square, i);
-          if (sums.max[i] > lowest<A>()) s.argmax = int64_t(sums.full.argmax[i]);
+          row.sums.heat = s.full.heat.one(i), row.sums.square = s.full.square.one(i) - one;
+          if (s.max[i] > lowest<A>()) row.argmax = int64_t(s.full.argmax[i]);
         }
-        finish(a, b.first + i, b.y[i], s);
+        finish(a, b.first + i, l.y[i], row);
       }
       return;
     }
-    gather_labels(a, b, x_y, w_y);  // now, while the block is in cache
-
     A* out = static_cast<A*>(a.stats) + b.first;
     A* loss = static_cast<A*>(a.loss) + b.first;
+    const V keep_v(keep(a));
     each_vector<A>(b.n, [&](int64_t i, int64_t count) {
-      const LogSumExp<V> s{V::loadu(sums.max + i), sums.all_rest.at(i).value()};
+      const V max = V::loadu(s.max + i);
       TargetGaps<V> target;
-      if constexpr (dense) target = {sums.all_gaps.at(i).value(), sums.all_mass.at(i).value()};
-      const V kept = V::loadu(w_y + i) * keep_v, log_sum = s.log_sum();
-      store_vector(out + i, s.max, count);
+      if constexpr (dense) target = {s.gaps.at(i).value(), s.mass.at(i).value()};
+      const V kept = V::loadu(l.weight + i) * keep_v;
+      const V log_sum = LogSumExp<V>{max, s.rest.at(i).value() - virtual_term(max)}.log_sum();
+      store_vector(out + i, max, count);
       store_vector(out + a.rows.count + i, log_sum, count);
       store_vector(out + 2 * a.rows.count + i, kept + target.mass, count);
-      store_vector(loss + i, row_loss(kept, V::loadu(x_y + i), target, s.max, log_sum), count);
+      store_vector(loss + i, row_loss(kept, V::loadu(l.x + i), target, max, log_sum), count);
     });
-    for (int64_t i = 0; i < b.n && !b.all_labelled; i++) skip(a, b.first + i, b.y[i]);
+    for (int64_t i = 0; i < b.n && !l.all; i++) skip(a, b.first + i, l.y[i]);
   }
 
-  template <Target K>
-  static void backward_block(const Args& a, PixelBuffers& buffer, int64_t task) {
-    const Operand& out = a.grad_logits;
-    Block& b = buffer.block;
-    A *const g = buffer.g, *const y = buffer.y;
-    locate(a, task, b);
-    const A* const max = static_cast<const A*>(a.stats) + b.first;
-    const A *const log_sum = max + a.rows.count, *const mass = log_sum + a.rows.count;
-    std::fill_n(g, b.lanes, incoming(a, b.first));
-    for (int64_t i = 0; i < b.n && a.grad_stride; i++) g[i] = incoming(a, b.first + i);
-    for (int64_t i = 0; i < b.lanes; i++) y[i] = i < b.n ? A(b.y[i]) : A(kIgnored);
+  // A tile's incoming gradients, and which of its rows have one that is not 0.
+  struct Incoming {
+    alignas(64) A g[kWide], alive[kWide];
+    struct Rest {
+      alignas(64) A constant[kWide], heat[kWide], square[kWide], spread[kWide];
+    };
+    [[no_unique_address]] std::conditional_t<kFull, Rest, Nothing> rest;
+  };
+  static void read_incoming(const Args& a, const Block& b, const Labels& l, Incoming& in) {
+    std::fill_n(in.g, b.lanes, incoming(a, b.first));
+    for (int64_t i = 0; i < b.n && a.grad_stride; i++) in.g[i] = incoming(a, b.first + i);
+    for (int64_t i = 0; i < b.n; i++) in.alive[i] = A(l.y[i] != kIgnored);
+    if (!a.labels) std::fill_n(in.alive, kWide, A(1));
     if constexpr (kFull) {
       for (int64_t i = 0; i < b.n; i++) {
+        if (masked(a, b.first + i)) in.alive[i] = 0;
         const More<A> m = more_of(a, b.first + i);
-        y[i] = masked(a, b.first + i) ? A(kIgnored) : a.labels ? y[i] : A(kUnlabelled);
-        buffer.full.constant[i] = m.constant, buffer.full.heat[i] = m.heat;
-        buffer.full.square[i] = m.square, buffer.full.spread[i] = m.spread;
+        in.rest.constant[i] = m.constant, in.rest.heat[i] = m.heat;
+        in.rest.square[i] = m.square, in.rest.spread[i] = m.spread;
       }
-    }
-    const V keep_v(keep(a)), spread_v(spread(a));
-    const int64_t step = b.x_stride * size_of(a.logits.dtype);
-    for (int64_t c = 0; c < a.classes; c++) {
-      const int64_t at = b.at_out + c * out.class_stride;
-      const A* x = load(a.logits, b.at_x + c * a.logits.class_stride, b.x_stride, b.n, buffer.x);
-      x = transformed(a, x, b.n, buffer.x, buffer.slope());
-      const A* t = nullptr;
-      if constexpr (K == Target::soft) {
-        t = load(a.probabilities, b.at_t + c * a.probabilities.class_stride, b.t_stride, b.n, buffer.t);
-      }
-      A* slopes = room(out, at, b.out_stride, buffer.out);
-      const V w(class_weight(a, c)), this_class = V(A(c));
-      const char* next = next_run(a, b, c);
-      each_vector<A>(b.n, [&](int64_t i, int64_t count) {
-        __builtin_prefetch(next + i * step);
-        const V x_i = load_vector(x + i, count), y_i = V::loadu(y + i);
-        const V max_i = load_vector(max + i, count), log_sum_i = load_vector(log_sum + i, count);
-        const V mass_i = load_vector(mass + i, count);
-        V q(A(0));
-        if constexpr (K == Target::smooth) q = spread_v * w;
-        if constexpr (K == Target::soft) q = smoothed(load_vector(t + i, count), keep_v, spread_v) * w;
-        V slope = row_slope(x_i, max_i, log_sum_i, mass_i, q);
-        if constexpr (K != Target::soft) {
-          const V labelled = y_i == this_class;
-          if (labelled.zero_mask() != (1 << kLanes) - 1) {
-            const V kept = keep_v * w;
-            slope = select(labelled, label_slope(x_i, max_i, log_sum_i, kept, mass_i - kept, q), slope);
-          }
-        }
-        slope = slope * V::loadu(g + i);
-        if constexpr (kFull) {
-          const auto& f = buffer.full;
-          const More<V> more{V::loadu(f.constant + i), V::loadu(f.heat + i), V::loadu(f.square + i),
-                             V::loadu(f.spread + i)};
-          slope = slope + more.slope(a, x_i, max_i, log_sum_i);
-          if (transforms(a)) slope = slope * V::loadu(f.slope + i);
-        }
-        if constexpr (K != Target::soft || kFull) slope = select(y_i == V(A(kIgnored)), V(A(0)), slope);
-        store_vector(slopes + i, slope, count);
-      });
-      store(out, at, b.out_stride, b.n, slopes);
     }
   }
 
-  // Backward needs nothing from a row's other classes, so where the classes are contiguous it goes along them after
-  // all: whole vectors, the last one reaching back over the one before. The labels' slopes are found side by side
-  // first.
-  static bool short_rows(const Args& a) {
-    const auto plain = [](const Operand& t) { return t.dtype == dtype_of<A> && t.class_stride == 1; };
-    return !kFull && a.classes >= kLanes && !a.probabilities.data && plain(a.logits) && plain(a.grad_logits);
+  struct Rows {  // as many as there are lanes
+    V max, log_sum, mass, g;
+    More<V> more;
+    decltype(equal(V(), V())) dead;
+
+    Rows(const Args& a, const Block& b, const Incoming& in, int64_t i) {
+      const A* const stats = static_cast<const A*>(a.stats) + b.first + i;
+      const int64_t count = std::min(kLanes, b.n - i);
+      max = load_vector(stats, count), log_sum = load_vector(stats + a.rows.count, count);
+      mass = load_vector(stats + 2 * a.rows.count, count), g = V::loadu(in.g + i);
+      dead = equal(V::loadu(in.alive + i), V(A(0)));
+      if constexpr (kFull) {
+        more = {V::loadu(in.rest.constant + i), V::loadu(in.rest.heat + i), V::loadu(in.rest.square + i),
+                V::loadu(in.rest.spread + i)};
+      }
+    }
+    // The labels' slopes in the place of their logits.
+    template <Target K>
+    void label_slopes(const Args& a, Labels& l, int64_t i) const {
+      const V w = V::loadu(l.weight + i), kept = w * V(keep(a)), x = V::loadu(l.x + i);
+      V slope;
+      if constexpr (K == Target::hard) {
+        slope = label_slope(x, max, log_sum, kept);
+      } else {
+        slope = label_slope(x, max, log_sum, kept, mass - kept, w * V(spread(a)));
+      }
+      slope = slope * g;
+      if constexpr (kFull) slope = slope + more.slope(a, x, max, log_sum);
+      select(dead, V(A(0)), slope).store(l.x + i);
+    }
+  };
+
+  template <Target K>
+  static void backward_block(const Args& a, PixelBuffers& buffer, const Block& b, bool stream) {
+    const Operand& out = a.grad_logits;
+    Labels& l = buffer.labels;
+    Incoming in;
+    read_labels(a, b, l);
+    read_incoming(a, b, l, in);
+    for (int64_t first = 0; first < a.classes; first += kTileClasses) {
+      const int64_t n = std::min(kTileClasses, a.classes - first), at_out = b.at_out + first * out.class_stride;
+      const Tile<A> own{buffer.x, kWide};
+      const Tile<A> x =
+          transforms(a) ? own : tile_in_place(a.logits, b.at_x + first * a.logits.class_stride, b.x_stride, b.n, own);
+      const Tile<A> slopes = stream ? own : tile_in_place(out, at_out, b.out_stride, b.n, own);
+      read_tiles<K>(a, b, buffer, first, n, x);
+      const TileMasses<K> masses(a, buffer.t, first);
+      const Ahead ahead(a, b, first);
+      for (int64_t i = 0; i < b.lanes; i += kLanes) {
+        const Rows r(a, b, in, i);
+        const V scale = r.g * r.mass, minus_log_sum = -r.log_sum;
+        for (int64_t c = 0; c < n; c++) {
+          __builtin_prefetch(ahead.at(c, i));
+          const V x_c = V::loadu(x.data + c * x.pitch + i);
+          V slope = exp_nonpositive(minus_log_sum - gap_in_row(x_c, r.max)) * scale;
+          if constexpr (K != Target::hard) slope = slope - r.g * masses.at(c, i);
+          if constexpr (kFull) {
+            slope = slope + r.more.slope(a, x_c, r.max, r.log_sum);
+            if (transforms(a)) slope = slope * V::loadu(buffer.full.slope + c * kWide + i);
+          }
+          select(r.dead, V(A(0)), slope).store(slopes.data + c * slopes.pitch + i);
+        }
+        if (a.labels) r.template label_slopes<K>(a, l, i);
+      }
+      each_label(b, l, first, n, [&](int64_t i, int64_t c) {
+        A slope = l.x[i];
+        if constexpr (kFull) slope *= transforms(a) ? buffer.full.slope[c * kWide + i] : A(1);
+        slopes.data[c * slopes.pitch + i] = slope;
+      });
+      if (slopes.data == own.data) {
+        write_tile(out, at_out, b.out_stride, b.n, n, slopes.data, buffer.staging, stream);
+      }
+    }
+  }
+
+  // Backward needs nothing from a row's other classes, so rows of adjacent classes are one run of elements after all:
+  // kLanes rows are as many vectors as there are classes, and each element finds its row's numbers by a permutation.
+  static bool runs(const Args& a) {
+    return !kFull && a.classes <= kTileClasses && !a.probabilities.data && a.logits.class_stride == 1 &&
+           a.grad_logits.class_stride == 1 && (a.label_smoothing == 0 || !a.weight);
+  }
+  static void find_rows(const Args& a, Lanes<A>* row) {
+    for (int64_t i = 0; i < kLanes; i++) std::fill_n(row + i * a.classes, a.classes, Lanes<A>(i));
   }
   template <Target K>
-  static void backward_short_rows(const Args& a, PixelBuffers& buffer, int64_t task) {
-    Block& b = buffer.block;
-    A *const x_y = buffer.x_y, *const w_y = buffer.w_y;
-    locate(a, task, b);
-    gather_labels(a, b, x_y, w_y);
-    const A* const max = static_cast<const A*>(a.stats) + b.first;
-    const A *const log_sum = max + a.rows.count, *const mass = log_sum + a.rows.count;
-    each_vector<A>(b.n, [&](int64_t i, int64_t count) {  // label_slope, before g, in the place of x_y
-      const V w = V::loadu(w_y + i), kept = w * V(keep(a)), q = K == Target::smooth ? w * V(spread(a)) : V(A(0));
-      label_slope(V::loadu(x_y + i), load_vector(max + i, count), load_vector(log_sum + i, count), kept,
-                  load_vector(mass + i, count) - kept, q)
-          .store(x_y + i);
-    });
-    const A common = incoming(a, b.first);
-    const int64_t last = a.classes - kLanes;
-    for (int64_t i = 0; i < b.n; i++) {
-      const A* x = static_cast<const A*>(a.logits.data) + b.at_x + i * b.x_stride;
-      A* out = static_cast<A*>(a.grad_logits.data) + b.at_out + i * b.out_stride;
-      if (!counts(a, b.y[i])) {
-        std::fill_n(out, a.classes, b.y[i] == kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN());
-        continue;
-      }
-      const A g = a.grad_stride ? incoming(a, b.first + i) : common;
-      const V max_i(max[i]), log_sum_i(log_sum[i]), mass_i(mass[i]), g_v(g);
-      const auto slopes = [&](int64_t c, V x_c) {
-        V q(A(0));
-        if constexpr (K == Target::smooth) {
-          q = V(spread(a));
-          if (a.weight) q = q * V::loadu(static_cast<const A*>(a.weight) + c);
-        }
-        return g_v * row_slope(x_c, max_i, log_sum_i, mass_i, q);
-      };
-      const V end = slopes(last, V::loadu(x + last));  // read before it may be overwritten
-      for (int64_t c = 0; c < last; c += kLanes) slopes(c, V::loadu(x + c)).store(out + c);
-      end.store(out + last);
-      if (b.y[i] >= 0) out[b.y[i]] = g * x_y[i];
+  static void backward_runs(const Args& a, PixelBuffers& buffer, const Block& b, bool stream) {
+    Labels& l = buffer.labels;
+    Incoming in;
+    const int64_t classes = a.classes;
+    read_labels(a, b, l);
+    read_incoming(a, b, l, in);
+    const A* const x = rows_in_run(a.logits, b.at_x, b.x_stride, b.n, classes, buffer.staging);
+    const bool direct = a.grad_logits.dtype == dtype_of<A> && b.out_stride == classes && !stream;
+    A* const out = direct ? static_cast<A*>(a.grad_logits.data) + b.at_out : buffer.staging;
+    each_label(b, l, 0, classes, [&](int64_t i, int64_t c) { l.x[i] = x[i * classes + c]; });
+    for (int64_t i = 0; i < b.lanes; i += kLanes) {
+      const Rows r(a, b, in, i);
+      const V scale = r.g * r.mass, minus_log_sum = -r.log_sum, q = r.g * V(spread(a));
+      r.template label_slopes<K>(a, l, i);
+      const int64_t begin = i * classes;
+      each_vector<A>(std::min(kLanes, b.n - i) * classes, [&](int64_t j, int64_t count) {
+        const auto of_row = [&](V v) { return permuted(v, buffer.row + j); };
+        const V x_j = load_vector(x + begin + j, count);
+        V slope = exp_nonpositive(of_row(minus_log_sum) - gap_in_row(x_j, of_row(r.max))) * of_row(scale);
+        if constexpr (K == Target::smooth) slope = slope - of_row(q);
+        store_vector(out + begin + j, slope, count);
+      });
     }
+    each_label(b, l, 0, classes, [&](int64_t i, int64_t c) { out[i * classes + c] = l.x[i]; });
+    for (int64_t i = 0; i < b.n && !l.all; i++) {
+      if (counts(a, l.y[i])) continue;
+      std::fill_n(out + i * classes, classes, l.y[i] == kIgnored ? A(0) : std::numeric_limits<A>::quiet_NaN());
+    }
+    if (!direct) write_run(a.grad_logits, b.at_out, b.out_stride, b.n, classes, out, stream);
   }
 
   static void forward_pixels(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
     visit_target(a, [&](auto kind) {
-      for (int64_t task = begin; task < end; task++) forward_block<kind.value>(a, as<PixelBuffers>(scratch), task);
+      each_block(a, begin, end, [&](const Block& b) { forward_block<kind.value>(a, as<PixelBuffers>(scratch), b); });
     });
   }
   static void backward_pixels(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
+    const bool stream = worth_streaming(a.logits.data, a.grad_logits, a.rows.count * a.classes);
+    auto& buffer = as<PixelBuffers>(scratch);
+    const bool in_runs = runs(a);
+    if (in_runs) find_rows(a, buffer.row);
     visit_target(a, [&](auto kind) {
-      const auto block = short_rows(a) ? backward_short_rows<kind.value> : backward_block<kind.value>;
-      for (int64_t task = begin; task < end; task++) block(a, as<PixelBuffers>(scratch), task);
+      const auto block = in_runs ? backward_runs<kind.value> : backward_block<kind.value>;
+      each_block(a, begin, end, [&](const Block& b) { block(a, buffer, b, stream); });
     });
+    end_streaming();
   }
 
   // ---- the mean or sum of the rows' losses, in double and in a fixed order

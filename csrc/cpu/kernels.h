@@ -30,14 +30,7 @@ inline bool side_by_side(const CrossEntropyArgs& a) {
   return a.classes <= 48 || (a.logits.class_stride != 1 && pixel_stride == 1);
 }
 
-// Rows that a task handles side by side, one a lane. Long runs where rows are contiguous: a class's run is a page of
-// its own, and shorter ones leave the prefetcher cold. Few where they are gathered, so that all their classes stay in
-// L1.
-constexpr int64_t kMaxPixels = 1024;
-inline int64_t pixels_per_task(const CrossEntropyArgs& a) {
-  const bool contiguous = a.rows.dims && a.logits.stride[a.rows.dims - 1] == 1;
-  return contiguous ? kMaxPixels : 128;
-}
+constexpr int64_t kPixels = 256;  // rows that one task handles side by side
 
 template <class Args>
 struct RowKernels {
@@ -45,7 +38,7 @@ struct RowKernels {
   void (*forward_rows)(const Args&, Scratch&, RowState* states, int64_t begin, int64_t end);
   void (*finish_rows)(const Args&, const RowState* states, int64_t begin, int64_t end);
   void (*backward_rows)(const Args&, Scratch&, int64_t begin, int64_t end);
-  // tasks: blocks of pixels_per_task rows along the last dimension
+  // tasks: blocks of kPixels rows along the last dimension
   void (*forward_pixels)(const Args&, Scratch&, int64_t begin, int64_t end);
   void (*backward_pixels)(const Args&, Scratch&, int64_t begin, int64_t end);
   // tasks: chunks of kChunk rows; sums: their (loss, weight) pairs. total: all of them

@@ -98,14 +98,14 @@ void visit_acc(at::ScalarType acc, F&& f) {  // f(kernels of cross-entropy, of t
 
 int64_t pixel_tasks(const CrossEntropyArgs& a) {
   const int64_t inner = a.rows.dims ? a.rows.size[a.rows.dims - 1] : 1;
-  return inner ? a.rows.count / inner * ceil_div(inner, pixels_per_task(a)) : 0;
+  return inner ? a.rows.count / inner * ceil_div(inner, kPixels) : 0;
 }
 
 // Every row's statistics and loss.
 template <class Args>
 void forward_rows(const RowKernels<Args>& k, const Args& a) {
   if (side_by_side(a)) {
-    return parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
+    return parallel(pixel_tasks(a), grain(std::min(a.rows.count, kPixels) * a.classes),
                     [&](int64_t b, int64_t e) { k.forward_pixels(a, scratch(), b, e); });
   }
   const int64_t parts = segments(a), cost = std::min(a.classes, kSegment);
@@ -117,7 +117,7 @@ void forward_rows(const RowKernels<Args>& k, const Args& a) {
 template <class Args>
 void backward_rows(const RowKernels<Args>& k, const Args& a) {
   if (side_by_side(a)) {
-    return parallel(pixel_tasks(a), grain(std::min(a.rows.count, pixels_per_task(a)) * a.classes),
+    return parallel(pixel_tasks(a), grain(std::min(a.rows.count, kPixels) * a.classes),
                     [&](int64_t b, int64_t e) { k.backward_pixels(a, scratch(), b, e); });
   }
   parallel(a.rows.count * segments(a), grain(std::min(a.classes, kSegment)),
