@@ -11,6 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 
 SECONDS = 240
@@ -34,7 +35,7 @@ def run_rank(directory, ranks, checks, begin):
         torch.manual_seed(0)
         try:
             results[name] = check(begun)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             results[name] = traceback.format_exc()
             break  # the ranks may be out of step now
     (Path(directory) / f"{rank}.json").write_text(json.dumps(results))

@@ -437,6 +437,23 @@ def check_argmax_and_top_k(meshes):
         )
 
 
+def check_classes_last_and_a_plain_normalizer(meshes):
+    x, y = torch.randn(3, 5, 6), torch.randn(3, 5, 6)
+    total = grad(torch.tensor(7.0))
+    for codes in (["S2"], ["S0", "S2"], ["S2", "S1"]):
+        mesh, rows = meshes[len(codes)], ["R" if c == "S2" else c for c in codes]
+        d, e = (distribute(t, mesh, codes) for t in (x, y))
+        ours = cece.kl_divergence(d, e, dim=-1, reduction="none")
+        assert ours.placements == placements_of(rows)
+        torch.testing.assert_close(ours.full_tensor(), cece.kl_divergence(x, y, dim=-1, reduction="none"))
+        mean, truth = (cece.kl_divergence(a, b, dim=-1, normalizer=total) for a, b in ((d, e), (x, y)))
+        torch.testing.assert_close(mean.full_tensor(), truth)
+        slopes = [torch.autograd.grad(v, total)[0] for v in (mean, truth)]
+        torch.testing.assert_close(*slopes)
+        with pytest.raises(ValueError, match="normalizer is what 'mean' divides by"):
+            cece.kl_divergence(d, e, dim=-1, normalizer=total, reduction="sum")
+
+
 def check_cut_classes_are_not_gathered(meshes):
     """What goes over the wire is 16 bytes a row, and nothing on the way back."""
     d = distribute(grad(torch.randn(8, 64)), meshes[1], ["S1"])

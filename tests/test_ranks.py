@@ -83,19 +83,6 @@ def check_transforms(_):
     torch.testing.assert_close(batched, RANKS * both)
 
 
-def check_compiled(_):
-    both = torch.randn(RANKS, 2)
-    mine = mine_of(both).requires_grad_()
-    value = torch.compile(softmax_cubed_across, fullgraph=True, backend="aot_eager")(mine)
-    torch.testing.assert_close(value, softmax_cubed(both))
-    value.backward()
-    torch.testing.assert_close(mine.grad, mine_of(torch.func.grad(softmax_cubed)(both)))
-    eager, mine.grad = mine.grad, None
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-        softmax_cubed_across(mine).backward()
-    torch.testing.assert_close(mine.grad, eager)
-
-
 # ---- KL divergence of sharded classes
 
 
@@ -173,13 +160,25 @@ def check_divergence_transforms(_):
     torch.testing.assert_close(torch.vmap(sharded_kl, 2, 1)(shard(x), shard(y)), torch.vmap(whole_kl, 2, 1)(x, y))
 
 
-def check_divergence_compiled(_):
+def check_compiled(_):
+    """In one piece, and its backward by compiled autograd."""
     x, y = rows(torch.float32)
-    mine = shard(x).requires_grad_()
-    value = torch.compile(sharded_kl, fullgraph=True, backend="aot_eager")(mine, shard(y))
-    torch.testing.assert_close(value, whole_kl(x, y))
-    value.sum().backward()
-    torch.testing.assert_close(mine.grad, shard(torch.func.grad(lambda x: whole_kl(x, y).sum())(x)))
+    mine, y_mine = shard(x).requires_grad_(), shard(y)
+
+    def many(x):
+        return sharded_kl(x, y_mine).sum() + across(x.exp().sum(1), "of_shards").sum()
+
+    def one(x):
+        return whole_kl(x, y).sum() + x.exp().sum()
+
+    value = torch.compile(many, fullgraph=True, backend="aot_eager")(mine)
+    torch.testing.assert_close(value, one(x))
+    value.backward()
+    torch.testing.assert_close(mine.grad, shard(torch.func.grad(one)(x)))
+    compiled, mine.grad = mine.grad, None
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        many(mine).backward()
+    torch.testing.assert_close(mine.grad, compiled)
 
 
 def check_bytes_of_a_divergence(_):

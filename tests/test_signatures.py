@@ -29,6 +29,23 @@ OWN = {  # options torch has not
 }
 
 
+# Of their namesakes' arguments cece.distributed's functions lack these; a row of logits is always called logits.
+LEFT_OUT = {
+    "cross_entropy": {"input", "size_average", "reduce", "inplace_backward"},
+    "kl_divergence": {"target_indices", "tail"},
+    "linear_cross_entropy": {"options"},
+}
+
+
+def test_functions_of_several_processes():
+    """Their namesakes' arguments and defaults, and beside them the processes."""
+    for name in cece.distributed.__all__:
+        ours, one = (inspect.signature(getattr(module, name)).parameters for module in (cece.distributed, cece))
+        assert set(one) - set(ours) == LEFT_OUT.get(name, set()), name
+        assert set(ours) - set(one) - {"logits", "dim"} == {"group", "classes"}, name
+        assert all(ours[k].default == one[k].default for k in set(ours) & set(one)), name
+
+
 def inputs(name):
     x = torch.rand(6, 5, dtype=torch.float64)
     if name in ("cross_entropy", "CrossEntropyLoss"):

@@ -942,7 +942,7 @@ __device__ __forceinline__ void write_reduced(const CrossEntropyArgs& a, const S
 }
 
 template <class A>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kSumThreads, kMinBlocks)  // left to itself sm_100's compiler spills 8 bytes of double
     reduce_rows(const __grid_constant__ CrossEntropyArgs a, Sums* partial) {  // partial: null when one block does all
   const bool weighted = a.reduction == Reduction::mean && !a.probabilities.data;
   const A* const losses = static_cast<const A*>(a.loss);
