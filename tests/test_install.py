@@ -602,13 +602,17 @@ def test_cuda_tensors_of_a_build_without_kernels():
         "token_statistics_forward": (x, y, none, -100, 0.0, 1.0, 0.0, False, 1),
         "token_statistics_backward": (y, none, none, none, x, y, none, x, -100, 0.0, 1.0, 0.0, False),
         "token_statistics_backward_": (y, none, none, none, x, y, none, x, -100, 0.0, 1.0, 0.0, False),
+        "row_parts": (x, y, none, -100, 0.0, 1.0, 0.0, 0, 3, False),
+        "finish_parts": (x, y, -100, 0.0, False, 3, 1),
         "divergence_forward": (x, x, none, 1.0, False),
+        "divergence_merge": (x, 1.0),
         "divergence_backward": (y, x, x, none, x, 1.0, False, False),
         "binary_cross_entropy_forward": (x, x, none, none, 1, 1),
         "binary_cross_entropy_backward": (x, x, x, none, none, 1, 1),
     }
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name[:6] == "cece::"}
-    assert set(calls) == {name for name in names if not name.startswith("linear_")}  # which are made of these
+    made_of_these = re.compile("linear_|sharded_|across_ranks")
+    assert set(calls) == {name for name in names if not made_of_these.match(name)}
     for name, arguments in calls.items():
         operator = getattr(torch.ops.cece, name).default
         with pytest.raises(NotImplementedError, match="^cece was built without CUDA kernels .*: reinstall it") as e:

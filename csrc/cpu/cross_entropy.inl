@@ -766,7 +766,7 @@ struct CrossEntropy {
       for (int64_t c = 0; c < n; c++) {
         const V x_c = V::loadu(x + c * kWide);
         if constexpr (kFull) argmax = select(greater(x_c, max), V(A(first + c)), argmax);
-        max = at::vec::clamp_min(x_c, max);  // ignores NaN, which the sum will find
+        max = greatest(x_c, max);  // ignores NaN, which the sum will find
       }
       max.store(s.max + i);
       if constexpr (kFull) argmax.store(s.full.argmax + i);
@@ -789,7 +789,7 @@ struct CrossEntropy {
         for (int64_t c = group, end = std::min(group + Sums::kGroup, n); c < end; c++) {
           __builtin_prefetch(ahead.at(c, i));
           const V x_c = V::loadu(x + c * kWide), loser = lesser(x_c, so_far), e = exp_nonpositive(loser - max);
-          so_far = at::vec::clamp_min(x_c, so_far);
+          so_far = greatest(x_c, so_far);
           group_rest = group_rest + e;
           if constexpr (kFull) {
             group_heat = group_heat + times(e, max - loser), group_square = group_square + e * e;

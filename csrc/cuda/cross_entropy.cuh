@@ -501,11 +501,11 @@ __device__ __forceinline__ void leave_part(const ArgsOf<S, K>& a, int64_t row, c
 }
 
 // Statistics and loss of a row; 0 without a label, NaN with an impossible one.
-template <class S, Target K>
+template <class S, Target K, bool kMayBePart = true>
 __device__ __forceinline__ void finish(const ArgsOf<S, K>& a, int64_t row, const Labelled<AccOf<S>>& l,
                                        const StateOf<K, AccOf<S>>& s) {
   using A = AccOf<S>;
-  if (a.parts) return leave_part<S, K>(a, row, l, s);
+  if (kMayBePart && a.parts) return leave_part<S, K>(a, row, l, s);
   const A log_sum = s.sums.log_sum(), infinity = std::numeric_limits<A>::infinity();
   bool has_loss = used<K>(l.y);
   if constexpr (kFull<K>) {
@@ -877,7 +877,7 @@ __global__ void __launch_bounds__(kPixelThreads, kPixelResident<S, K, P>)
   }
   if (!exists || slice != 0) return;
 #pragma unroll
-  for (int p = 0; p < P; p++) finish<S, K>(a, row + p, l[p], all[p]);
+  for (int p = 0; p < P; p++) finish<S, K, P == 1>(a, row + p, l[p], all[p]);
 }
 
 template <class S, Target K, int P>
@@ -1011,8 +1011,10 @@ struct CrossEntropy {
   };
   template <Target K>
   static constexpr bool kPairs = sizeof(S) == 2 && (K == Target::hard || K == Target::smooth);
-  // Whether neighbouring pixels can be loaded and stored together everywhere.
+  // Whether neighbouring pixels can be loaded and stored together everywhere. Not parts: finishing two of these, the
+  // compiler would have 4 loads under way for 8.
   static bool in_pairs(const Args& a) {
+    if (a.parts) return false;
     bool even = false;
     visit_target(a, [&](auto kind) { even = kPairs<decltype(kind)::value>; });
     const int last = a.rows.dims - 1;

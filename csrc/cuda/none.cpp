@@ -13,10 +13,10 @@ void refuse(const c10::OperatorHandle&, torch::jit::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cece, CUDA, m) {
-  for (const char* name :
-       {"cross_entropy_forward", "cross_entropy_backward", "cross_entropy_backward_", "token_statistics_forward",
-        "token_statistics_backward", "token_statistics_backward_", "binary_cross_entropy_forward",
-        "binary_cross_entropy_backward", "divergence_forward", "divergence_merge", "divergence_backward"}) {
+  for (const char* name : {"cross_entropy_forward", "cross_entropy_backward", "cross_entropy_backward_",
+                           "token_statistics_forward", "token_statistics_backward", "token_statistics_backward_",
+                           "row_parts", "finish_parts", "binary_cross_entropy_forward", "binary_cross_entropy_backward",
+                           "divergence_forward", "divergence_merge", "divergence_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse>());
   }
 }

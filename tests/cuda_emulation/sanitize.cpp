@@ -69,7 +69,7 @@ void cross_entropy(const Case& t) {
 
   CrossEntropyArgs a{};
   a.rows = {1, {t.rows}, t.rows};
-  a.classes = t.classes;
+  a.classes = a.all_classes = t.classes;
   a.logits = {x.data, t.dtype, step, {row_step}};
   a.grad_logits = {grad.data, t.dtype, step, {row_step}};
   if (t.soft) a.probabilities = {q.data, t.dtype, step, {row_step}};
