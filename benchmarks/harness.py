@@ -222,6 +222,7 @@ def alternate(steps, seconds, least=5, most=200):
             for name, step in steps.items():
                 if step.pool != pool:
                     time.sleep(SPIN)
+                    step.turn(1)  # untimed: it wakes this pool's threads, which the next contender finds awake
                 pool = step.pool
                 rounds[name].append(step.turn(repeat))
     finally:

@@ -552,7 +552,7 @@ struct Spread {
 
 // states: where to leave a part for finish_rows; null when a row is one part, or when its parts are a cluster.
 template <class S, Target K>
-__global__ void __launch_bounds__(kMaxThreads, kResident<S, K>)
+__global__ void __launch_bounds__(kMaxThreads, K == Target::full ? 2 : kResident<S, K>)  // of double too: 127 registers
     forward_rows(const __grid_constant__ ArgsOf<S, K> a, Spread spread, StateOf<K, AccOf<S>>* states) {
   const int lane = spread.lane();
   const int64_t row = spread.row(blockIdx.x), begin = spread.begin(), end = spread.end(a.classes);
