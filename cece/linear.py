@@ -215,7 +215,6 @@ def linear_cross_entropy(
                 chunk_size=chunk_size,
             ),
         )
-    name = "linear_cross_entropy"
     if chunk_size is None:
         chunk_size = getattr(options, "batch_chunk_size", None)
     if dtensor := dtensor_among(input, linear_weight, target, linear_bias, weight, token_weight):
