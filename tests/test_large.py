@@ -1,4 +1,4 @@
-"""Tensors of the size of real work: what changes over at 4 MiB, 8 MiB, 1024 pixels, 65536 or 2^24 classes.
+"""Tensors of the size of real work: what changes over at 4 MiB, 8 MiB, 256 pixels, 65536 or 2^24 classes.
 
 A large result must be, bit for bit, that of its rows a few at a time: gradients that small are neither streamed nor in
 kept pages, and other tests hold them to float64. Against float64 directly: samples of the rows, the first and the last
@@ -14,7 +14,7 @@ from conftest import assert_as_good_as_torch, class_scale, derive, elementwise_s
 
 import cece
 
-FEW = 500  # rows of a piece: fewer than the 1024 pixels of a task
+FEW = 500  # rows of a piece: no multiple of the 256 pixels of a task, or of the 64 of a tile
 LEAST = 2**22  # elements of every case: 8 MiB in bfloat16, so 16 MiB in float32 and 32 MiB in float64
 
 
@@ -155,9 +155,11 @@ def with_gradient(tensors):
     return {k: v.detach().requires_grad_(k == "input") if v is not None else v for k, v in tensors.items()}
 
 
-EDGES = {  # of blocks of 1024 and segments of 65536 classes, of tasks of 1024 pixels, of vectors, of sums of 16384 rows
+# of blocks of 1024 and segments of 65536 classes, of tiles of 64 and tasks of 256 pixels, of vectors, of sums of 16384
+# rows
+EDGES = {
     "rows": [(4, c) for c in (1023, 1024, 1025, 2048, 16_385, 65_535, 65_536, 65_537, 131_073)],
-    "pixels": [(2, 17, p) for p in (511, 513, 1023, 1024, 1025, 1537, 2049)],
+    "pixels": [(2, 17, p) for p in (63, 64, 65, 255, 256, 257, 511, 513, 1023, 1024, 1025, 1537, 2049)],
     "short rows": [(129, c) for c in (*range(15, 34), 47, 48)],
     "many rows": [(r, 3) for r in (16_383, 16_384, 16_385, 49_153)] + [(16_385, 49)],
 }

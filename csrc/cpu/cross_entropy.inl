@@ -1,8 +1,8 @@
 // Softmax cross-entropy on a CPU: forward and backward, one row at a time or many side by side.
 //
-// Forward reads the logits once. A block of kBlock classes comes into L1 (as Acc, whatever its dtype); its maximum
-// is found there, then its exponentials summed. Backward reads the logits once more and writes the gradient,
-// rebuilding each probability from the row's saved max and log_sum.
+// Forward reads the logits once. A block of kBlock classes comes into L1 (as Acc, or as bfloat16 where it lies in a
+// row); its maximum is found there, then its exponentials summed. Backward reads the logits once more and writes the
+// gradient, rebuilding each probability from the row's saved max and log_sum.
 //
 // One text for two operators: cross-entropy, and all statistics of a row (kFull), which transforms the logits on the
 // way in, forms three more sums and has three more terms in its gradient. Cross-entropy compiles to none of that.
