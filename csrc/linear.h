@@ -71,11 +71,9 @@ struct RowLoss {
     return {factor, {}, lse.defined() ? MaybeTensor(factor * lse * (2 * z_loss)) : std::nullopt, {}};
   }
   Tensor shares(const Tensor& target, const MaybeTensor& weight) const {
-    Tensor share = at::ones_like(loss);
-    if (!present(weight) || !is_labels(target, loss.dim() + 1)) {
-    } else if (label_weight.defined()) {
-      share = label_weight;
-    } else {
+    const bool weighted = present(weight) && is_labels(target, loss.dim() + 1);
+    Tensor share = !weighted ? at::ones_like(loss) : label_weight;
+    if (weighted && !share.defined()) {
       // A label out of range, whose loss is NaN on CUDA, must not stop the process here.
       const Tensor label = target.to(at::kLong).clamp(0, weight->size(0) - 1);
       share = weight->to(loss.scalar_type()).index({label});

@@ -116,7 +116,7 @@ struct BinaryCrossEntropyOf {
   static V loss_of(const Args& a, const Loss& l, const Inputs& in, int64_t i, int64_t count) {
     const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
     if constexpr (Loss::kProbabilities) {
-      if (everywhere(equal(y * y, y))) return l.loss_of_outcome(x, greater(y, V(A(0))));
+      if (set_lanes(equal(y * y, y)) == kEveryLane<A>) return l.loss_of_outcome(x, greater(y, V(A(0))));
     }
     if constexpr (kOptions) {
       return l.loss(x, y, in.p ? load_vector(in.p + i, count) : V(A(1)));

@@ -37,15 +37,13 @@ inline Vec<float> times(Vec<float> a, Vec<float> b) {
   return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ), a, b);
 }
 #endif
-// True where a mask is set in every lane
-CECE_VEC bool everywhere(Vec<A> mask) { return mask.zero_mask() == 0; }
+// A bit for each lane of a comparison, and all of them
+template <class A>
+constexpr int kEveryLane = (1 << Vec<A>::size()) - 1;
+CECE_VEC int set_lanes(Vec<A> mask) { return ~mask.zero_mask() & kEveryLane<A>; }
 #ifdef CPU_CAPABILITY_AVX512
-inline bool everywhere(__mmask16 mask) { return mask == 0xffff; }
-inline bool everywhere(__mmask8 mask) { return mask == 0xff; }
 inline int set_lanes(__mmask16 mask) { return mask; }
 #endif
-// A bit for each lane of a comparison
-CECE_VEC int set_lanes(Vec<A> mask) { return ~mask.zero_mask() & ((1 << Vec<A>::size()) - 1); }
 CECE_VEC Vec<A> abs_(Vec<A> x) { return x.abs(); }
 CECE_VEC Vec<A> log1p_(Vec<A> z) { return z.log1p(); }
 
