@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-import torch
-import torch.nn.functional as F
-from hypothesis import settings
+# Before torch reads it: of two test processes on two cores, threads that spin where they wait take the other's time,
+# which made one test of a second take 14.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve()
 GUIDE = re.search(r"^## Guide\n(.*?)^## ", (HERE.parents[1] / "README.md").read_text(), re.M | re.S)[1]
 SNIPPETS = dict(re.findall(r"^### (.+?)\n\n```python\n(.*?)^```", GUIDE, re.M | re.S))
 RANKS = {"DistributedDataParallel": 2, "FSDP": 2, "DTensor": 2, "Tensor parallelism": 2}  # processes; one for others
-SECONDS = 240
+SECONDS = 900  # no deadline: only a hang takes so long, also on a busy machine
 LIBRARY = {
     "Hugging Face Trainer": "transformers",
     "Hugging Face Trainer without logits": "transformers",
