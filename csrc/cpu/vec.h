@@ -5,6 +5,7 @@
 
 #include <array>
 #include <bit>
+#include <limits>
 
 namespace cece {
 
@@ -45,8 +46,8 @@ CECE_VEC int set_lanes(Vec<A> mask) { return ~mask.zero_mask() & kEveryLane<A>; 
 inline int set_lanes(__mmask16 mask) { return mask; }
 #endif
 CECE_VEC Vec<A> abs_(Vec<A> x) { return x.abs(); }
-CECE_VEC Vec<A> log1p_(Vec<A> z) { return z.log1p(); }
 
+inline Vec<double> log1p_(Vec<double> z) { return z.log1p(); }
 inline Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }
 inline Vec<double> expm1_nonpositive(Vec<double> x) { return x.expm1(); }
 inline Vec<double> log_(Vec<double> x) { return x.log(); }
@@ -211,6 +212,22 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
   V m;
   const V k = split(z, m);
   return at::vec::fmadd(k, V(0.693147181f), log1p_unit(m - V(1.f)));
+}
+
+// log(1 + z) for 0 <= z < 2^30, at most 2.2 ULP; -inf for -1, NaN for NaN. With 1 + z in 2^k [3/4, 3/2), or AVX-512's
+// neighbour, 2^-k (1 + z) - 1 is rounded once, and is z itself for k = 0.
+inline __attribute__((always_inline)) Vec<float> log1p_(Vec<float> z) {
+  using V = Vec<float>;
+  using at::vec::fmadd;
+#ifdef CPU_CAPABILITY_AVX512
+  const V k = _mm512_getexp_ps((z + V(1.f)) * V(1.33333337f)), scale = _mm512_scalef_ps(V(1.f), -k);
+#else
+  using I = Vec<int32_t>;
+  const I e = (at::vec::cast<int32_t>(z + V(1.f)) - I(0x3f3504f3)) >> I(23);  // sqrt(1/2)
+  const V k = at::vec::convert_to_fp_of_same_size<float>(e), scale = at::vec::cast<float>((I(127) - e) << I(23));
+#endif
+  const V log = fmadd(k, V(0.693147181f), log1p_unit(fmadd(z, scale, scale - V(1.f))));
+  return select(equal(z, V(-1.f)), V(-std::numeric_limits<float>::infinity()), log);
 }
 
 // Pairs of bfloat16 in 32 bits each: the first ones and the second ones (on a little-endian machine), as float.
