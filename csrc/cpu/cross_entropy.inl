@@ -46,7 +46,7 @@ struct CrossEntropy {
     const auto read = [&](const auto* labels, auto of_shard) {
       for (int64_t i = 0; i < n; i++) {
         const int64_t label = labels[first + i], here = of_shard ? label - a.first_class : label;
-        const bool possible = (label >= 0) & (label < all_classes), ignored = label == ignore_index;
+        const bool possible = uint64_t(label) < uint64_t(all_classes), ignored = label == ignore_index;
         const bool inside = !of_shard || uint64_t(here) < uint64_t(classes);
         y[i] = Y(ignored ? kIgnored : !possible ? kImpossible : inside ? here : kElsewhere);
         labelled += possible & !ignored & inside;
@@ -933,11 +933,11 @@ struct CrossEntropy {
       const Ahead ahead(a, b, first);
       for (int64_t i = 0; i < b.lanes; i += kLanes) {
         const Rows r(a, b, in, i);
-        const V scale = r.g * r.mass, minus_log_sum = -r.log_sum;
+        const V share = share_of_row(r.log_sum, r.g * r.mass);
         for (int64_t c = 0; c < n; c++) {
           __builtin_prefetch(ahead.at(c, i));
           const V x_c = V::loadu(x.data + c * x.pitch + i);
-          V slope = exp_nonpositive(minus_log_sum - gap_in_row(x_c, r.max)) * scale;
+          V slope = exp_in_row(x_c, r.max) * share;
           if constexpr (K != Target::hard) slope = slope - r.g * masses.at(c, i);
           if constexpr (kFull) {
             slope = slope + r.more.slope(a, x_c, r.max, r.log_sum);
@@ -980,13 +980,13 @@ struct CrossEntropy {
     each_label(b, l, 0, classes, [&](int64_t i, int64_t c) { l.x[i] = x[i * classes + c]; });
     for (int64_t i = 0; i < b.lanes; i += kLanes) {
       const Rows r(a, b, in, i);
-      const V scale = r.g * r.mass, minus_log_sum = -r.log_sum, q = r.g * V(spread(a));
+      const V share = share_of_row(r.log_sum, r.g * r.mass), q = r.g * V(spread(a));
       r.template label_slopes<K>(a, l, i);
       const int64_t begin = i * classes;
       each_vector<A>(std::min(kLanes, b.n - i) * classes, [&](int64_t j, int64_t count) {
         const auto of_row = [&](V v) { return permuted(v, buffer.row + j); };
         const V x_j = load_vector(x + begin + j, count);
-        V slope = exp_nonpositive(of_row(minus_log_sum) - gap_in_row(x_j, of_row(r.max))) * of_row(scale);
+        V slope = exp_in_row(x_j, of_row(r.max)) * of_row(share);
         if constexpr (K == Target::smooth) slope = slope - of_row(q);
         store_vector(out + begin + j, slope, count);
       });
@@ -1020,8 +1020,8 @@ struct CrossEntropy {
 
   static bool weighs_labels(const Args& a) { return a.reduction == Reduction::mean && !a.probabilities.data; }
 
-  // value(first) + ... + value(last - 1), kSums sums side by side: an addition would wait for the one before it. With 32
-  // of them it becomes vectors in a loop (0.17 ns a row); a loop over 8 is unrolled first, and stays scalar (0.54).
+  // value(first) + ... + value(last - 1), kSums sums side by side: an addition would wait for the one before it. With
+  // 32 of them it becomes vectors in a loop (0.17 ns a row); a loop over 8 is unrolled first, and stays scalar (0.54).
   template <class F>
   static double sum_of(int64_t first, int64_t last, F&& value) {
     constexpr int64_t kSums = 32;

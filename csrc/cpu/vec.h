@@ -23,6 +23,7 @@ CECE_VEC Vec<A> equal(Vec<A> a, Vec<A> b) { return a == b; }
 CECE_VEC Vec<A> lesser(Vec<A> x, Vec<A> m) { return at::vec::clamp_max(x, m); }  // one instruction, NaN where x is
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 CECE_VEC Vec<A> greatest(Vec<A> x, Vec<A> m) { return at::vec::clamp_min(m, x); }  // one instruction, m where x is NaN
+CECE_VEC Vec<A> nonpositive(Vec<A> d) { return at::vec::clamp_max(Vec<A>(A(0)), d); }
 #endif
 #ifdef CPU_CAPABILITY_AVX512
 // A mask in its register. As at::vec has it, a comparison makes a vector of it, and a select a mask again of that: four
