@@ -783,12 +783,14 @@ struct CrossEntropy {
         rest.scale(z);
         if constexpr (K != Target::hard) gaps.add(times(mass.value(), rise));
       }
+      // What meets the first logit is none, lowest<A>() or less, or a NaN: its e^d needs no exponential.
+      const auto exp_of_none = [](V d) { return select(greater(V(A(0)), d), V(A(0)), d + V(A(1))); };
       V so_far = before;
       for (int64_t group = 0; group < n; group += Sums::kGroup) {
         V group_rest = zero, group_heat = zero, group_square = zero, group_gaps = zero, group_mass = zero;
-        for (int64_t c = group, end = std::min(group + Sums::kGroup, n); c < end; c++) {
+        const auto add = [&](int64_t c, auto exp) {
           __builtin_prefetch(ahead.at(c, i));
-          const V x_c = V::loadu(x + c * kWide), loser = lesser(x_c, so_far), e = exp_nonpositive(loser - max);
+          const V x_c = V::loadu(x + c * kWide), loser = lesser(x_c, so_far), e = exp(loser - max);
           so_far = greatest(x_c, so_far);
           group_rest = group_rest + e;
           if constexpr (kFull) {
@@ -798,7 +800,10 @@ struct CrossEntropy {
             const V q = masses.at(c, i);
             group_gaps = group_gaps + times(q, gap(x_c, max)), group_mass = group_mass + q;
           }
-        }
+        };
+        int64_t c = group;
+        if (first + c == 0) add(c++, exp_of_none);
+        for (const int64_t end = std::min(group + Sums::kGroup, n); c < end; c++) add(c, Exp());
         rest.add(group_rest);
         if constexpr (kFull) heat.add(group_heat), square.add(group_square);
         if constexpr (K != Target::hard) gaps.add(group_gaps), mass.add(group_mass);
