@@ -240,8 +240,8 @@ inline __attribute__((always_inline)) Pairs widen_pairs(Vec<int32_t> pairs) {
   using I = Vec<int32_t>;
   return {at::vec::cast<float>(pairs << I(16)), at::vec::cast<float>(pairs & I(kHighHalf))};
 }
-// Rounded to the nearest, to even where there are two. A NaN must have its low half 0, so that no carry goes through
-// it: as it has that came from a bfloat16 or from an operation.
+// Rounded to the nearest, to even where there are two. A NaN must come from a bfloat16 or be an operation's own, with
+// its low half 0, so that no carry goes through it; on AVX-512 also one that an operation passed on, of any bits.
 inline __attribute__((always_inline)) Vec<int32_t> narrow_pairs(Vec<float> first, Vec<float> second) {
   using I = Vec<int32_t>;
   const I a = at::vec::cast<int32_t>(first), b = at::vec::cast<int32_t>(second);
@@ -250,7 +250,9 @@ inline __attribute__((always_inline)) Vec<int32_t> narrow_pairs(Vec<float> first
   const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
   const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
   const __m512i low_if_odd_more = _mm512_adds_epu16(low, _mm512_and_si512(high, one));
-  return _mm512_mask_add_epi16(high, _mm512_cmpgt_epu16_mask(low_if_odd_more, half), high, one);
+  const __mmask32 more = _mm512_cmpgt_epu16_mask(low_if_odd_more, half);
+  const __mmask32 up = _mm512_mask_cmpneq_epi16_mask(more, _mm512_or_si512(high, half), _mm512_set1_epi16(-1));
+  return _mm512_mask_add_epi16(high, up, high, one);
 #else
   const auto high_half = [](I x) { return (x >> I(16)) & I(0xffff); };
   const auto rounded = [&](I x) { return x + I(0x7fff) + (high_half(x) & I(1)); };
