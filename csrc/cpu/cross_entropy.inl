@@ -703,18 +703,20 @@ struct CrossEntropy {
     }
   };
 
-  // Where the next tile's logits are. They are asked for while this one is worked on: a class's run is short, and too
-  // far from the next class's for a prefetcher.
+  // Where the next tile's logits are. They are asked for while this one is worked on, kLanes elements at a time, in the
+  // order of memory: a class's run is short, and too far from the next class's for a prefetcher; and rows side by side
+  // are read a third faster, too.
   struct Ahead {
     const char* data;
-    int64_t class_bytes, bytes;
+    int64_t class_bytes, row_bytes;
 
-    Ahead(const Args& a, const Block& b, int64_t first) : bytes(size_of(a.logits.dtype)) {
-      const int64_t stride = a.logits.class_stride;
+    Ahead(const Args& a, const Block& b, int64_t first) {
+      const int64_t stride = a.logits.class_stride, bytes = size_of(a.logits.dtype);
       data = static_cast<const char*>(a.logits.data) + (b.at_x + first * stride + kWide * b.x_stride) * bytes;
-      class_bytes = (b.x_stride == 1 ? stride : kWide) * bytes;
+      class_bytes = (b.x_stride == 1 ? stride : kLanes) * bytes;
+      row_bytes = b.x_stride * bytes;
     }
-    const char* at(int64_t c, int64_t i) const { return data + c * class_bytes + i * bytes; }
+    void ask(int64_t c, int64_t i) const { __builtin_prefetch(data + c * class_bytes + i * row_bytes); }
   };
 
   // The masses of row group i of a tile whose first class is c.
@@ -789,7 +791,7 @@ struct CrossEntropy {
       for (int64_t group = 0; group < n; group += Sums::kGroup) {
         V group_rest = zero, group_heat = zero, group_square = zero, group_gaps = zero, group_mass = zero;
         const auto add = [&](int64_t c, auto exp) {
-          __builtin_prefetch(ahead.at(c, i));
+          ahead.ask(c, i);
           const V x_c = V::loadu(x + c * kWide), loser = lesser(x_c, so_far), e = exp(loser - max);
           so_far = greatest(x_c, so_far);
           group_rest = group_rest + e;
@@ -940,7 +942,7 @@ struct CrossEntropy {
         const Rows r(a, b, in, i);
         const V share = share_of_row(r.log_sum, r.g * r.mass);
         for (int64_t c = 0; c < n; c++) {
-          __builtin_prefetch(ahead.at(c, i));
+          ahead.ask(c, i);
           const V x_c = V::loadu(x.data + c * x.pitch + i);
           V slope = exp_in_row(x_c, r.max) * share;
           if constexpr (K != Target::hard) slope = slope - r.g * masses.at(c, i);
@@ -983,12 +985,14 @@ struct CrossEntropy {
     const bool direct = a.grad_logits.dtype == dtype_of<A> && b.out_stride == classes && !stream;
     A* const out = direct ? static_cast<A*>(a.grad_logits.data) + b.at_out : buffer.staging;
     each_label(b, l, 0, classes, [&](int64_t i, int64_t c) { l.x[i] = x[i * classes + c]; });
+    const Ahead ahead(a, b, 0);
     for (int64_t i = 0; i < b.lanes; i += kLanes) {
       const Rows r(a, b, in, i);
       const V share = share_of_row(r.log_sum, r.g * r.mass), q = r.g * V(spread(a));
       r.template label_slopes<K>(a, l, i);
       const int64_t begin = i * classes;
       each_vector<A>(std::min(kLanes, b.n - i) * classes, [&](int64_t j, int64_t count) {
+        ahead.ask(j / kLanes, i);
         const auto of_row = [&](V v) { return permuted(v, buffer.row + j); };
         const V x_j = load_vector(x + begin + j, count);
         V slope = exp_in_row(x_j, of_row(r.max)) * of_row(share);
