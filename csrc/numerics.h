@@ -63,6 +63,10 @@ template <class T>
 CECE_HD T greatest(T x, T m) {
   return select(greater(x, m), x, m);
 }
+template <class T>
+CECE_HD T nonpositive(T d) {  // the lesser of d and 0, 0 where d is NaN
+  return select(greater(T(0), d), d, T(0));
+}
 #if defined(__CUDA_ARCH__)  // one instruction each
 #if __CUDA_ARCH__ >= 800
 CECE_HD float lesser(float x, float m) {
@@ -218,11 +222,6 @@ template <class T>
 CECE_HD T gap(T x, T max) {
   return select(equal(x, max), T(0), max - x);
 }
-// The same where log_sum says if the row is none: then a difference that is NaN is that of the infinite logit.
-template <class T>
-CECE_HD T gap_in_row(T x, T max) {
-  return greatest(max - x, T(0));
-}
 // -log p_j. The order matters: (max + log_sum) - x loses bits when logits are offset by 1e4.
 template <class T>
 CECE_HD T negative_log_probability(T x, T max, T log_sum) {
@@ -270,6 +269,16 @@ CECE_HD T row_loss(T kept, T label_logit, TargetGaps<T> rest, T max, T log_sum) 
 template <class T, class E = Exp>
 CECE_HD T row_slope(T x, T max, T log_sum, T mass, T q, E exp = E()) {
   return probability(x, max, log_sum, exp) * mass - q;
+}
+// For many classes of a row, p_j mass = e^{x_j - max} (e^{-log_sum} mass): the second factor is the row's, and NaN
+// where it is none. So a difference that is NaN is that of the infinite logit. The exponent is rounded only once.
+template <class T>
+CECE_HD T share_of_row(T log_sum, T mass) {
+  return exp_nonpositive(-log_sum) * mass;
+}
+template <class T>
+CECE_HD T exp_in_row(T x, T max) {
+  return exp_nonpositive(nonpositive(x - max));
 }
 // The same for the label: p_y - 1 = expm1(-nll) keeps its bits where p_y rounds to 1.
 template <class T>

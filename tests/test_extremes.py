@@ -314,6 +314,17 @@ def test_nan_in_the_binary_losses(backend):
         assert BCE(torch.tensor(NAN, device=backend.device), torch.tensor(target, device=backend.device)).isnan()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize("shape", [(70, 5), (40, 21), (4, 3000), (2, 21, 70), (2, 300, 9)], ids=str)
+def test_an_incoming_nan_of_any_bits_is_one_in_bfloat16(backend, shape, bits):
+    """Rounded by adding to its bits it would become -0."""
+    x = torch.randn(shape, dtype=torch.bfloat16, device=backend.device, requires_grad=True)
+    y = torch.randint(shape[1], shape[:1] + shape[2:], device=backend.device)
+    loss = cece.cross_entropy(x, y, reduction="none")
+    g = torch.full(loss.shape, bits, dtype=torch.int32, device=backend.device).view(torch.float32)
+    assert torch.autograd.grad(loss, x, g)[0].isnan().all()
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("shape", [(40, 5), (40, 60), (4, 3000), (3, 66000), (2, 21, 40), (2, 300, 9)], ids=str)
 def test_an_ignored_sample_touches_nothing(backend, shape, bad):

@@ -46,7 +46,7 @@ struct CrossEntropy {
     const auto read = [&](const auto* labels, auto of_shard) {
       for (int64_t i = 0; i < n; i++) {
         const int64_t label = labels[first + i], here = of_shard ? label - a.first_class : label;
-        const bool possible = (label >= 0) & (label < all_classes), ignored = label == ignore_index;
+        const bool possible = uint64_t(label) < uint64_t(all_classes), ignored = label == ignore_index;
         const bool inside = !of_shard || uint64_t(here) < uint64_t(classes);
         y[i] = Y(ignored ? kIgnored : !possible ? kImpossible : inside ? here : kElsewhere);
         labelled += possible & !ignored & inside;
@@ -703,18 +703,20 @@ struct CrossEntropy {
     }
   };
 
-  // Where the next tile's logits are. They are asked for while this one is worked on: a class's run is short, and too
-  // far from the next class's for a prefetcher.
+  // Where the next tile's logits are. They are asked for while this one is worked on, kLanes elements at a time, in the
+  // order of memory: a class's run is short, and too far from the next class's for a prefetcher; and rows side by side
+  // are read a third faster, too.
   struct Ahead {
     const char* data;
-    int64_t class_bytes, bytes;
+    int64_t class_bytes, row_bytes;
 
-    Ahead(const Args& a, const Block& b, int64_t first) : bytes(size_of(a.logits.dtype)) {
-      const int64_t stride = a.logits.class_stride;
+    Ahead(const Args& a, const Block& b, int64_t first) {
+      const int64_t stride = a.logits.class_stride, bytes = size_of(a.logits.dtype);
       data = static_cast<const char*>(a.logits.data) + (b.at_x + first * stride + kWide * b.x_stride) * bytes;
-      class_bytes = (b.x_stride == 1 ? stride : kWide) * bytes;
+      class_bytes = (b.x_stride == 1 ? stride : kLanes) * bytes;
+      row_bytes = b.x_stride * bytes;
     }
-    const char* at(int64_t c, int64_t i) const { return data + c * class_bytes + i * bytes; }
+    void ask(int64_t c, int64_t i) const { __builtin_prefetch(data + c * class_bytes + i * row_bytes); }
   };
 
   // The masses of row group i of a tile whose first class is c.
@@ -783,12 +785,14 @@ struct CrossEntropy {
         rest.scale(z);
         if constexpr (K != Target::hard) gaps.add(times(mass.value(), rise));
       }
+      // What meets the first logit is none, lowest<A>() or less, or a NaN: its e^d needs no exponential.
+      const auto exp_of_none = [](V d) { return select(greater(V(A(0)), d), V(A(0)), d + V(A(1))); };
       V so_far = before;
       for (int64_t group = 0; group < n; group += Sums::kGroup) {
         V group_rest = zero, group_heat = zero, group_square = zero, group_gaps = zero, group_mass = zero;
-        for (int64_t c = group, end = std::min(group + Sums::kGroup, n); c < end; c++) {
-          __builtin_prefetch(ahead.at(c, i));
-          const V x_c = V::loadu(x + c * kWide), loser = lesser(x_c, so_far), e = exp_nonpositive(loser - max);
+        const auto add = [&](int64_t c, auto exp) {
+          ahead.ask(c, i);
+          const V x_c = V::loadu(x + c * kWide), loser = lesser(x_c, so_far), e = exp(loser - max);
           so_far = greatest(x_c, so_far);
           group_rest = group_rest + e;
           if constexpr (kFull) {
@@ -798,7 +802,10 @@ struct CrossEntropy {
             const V q = masses.at(c, i);
             group_gaps = group_gaps + times(q, gap(x_c, max)), group_mass = group_mass + q;
           }
-        }
+        };
+        int64_t c = group;
+        if (first + c == 0) add(c++, exp_of_none);
+        for (const int64_t end = std::min(group + Sums::kGroup, n); c < end; c++) add(c, Exp());
         rest.add(group_rest);
         if constexpr (kFull) heat.add(group_heat), square.add(group_square);
         if constexpr (K != Target::hard) gaps.add(group_gaps), mass.add(group_mass);
@@ -933,11 +940,11 @@ struct CrossEntropy {
       const Ahead ahead(a, b, first);
       for (int64_t i = 0; i < b.lanes; i += kLanes) {
         const Rows r(a, b, in, i);
-        const V scale = r.g * r.mass, minus_log_sum = -r.log_sum;
+        const V share = share_of_row(r.log_sum, r.g * r.mass);
         for (int64_t c = 0; c < n; c++) {
-          __builtin_prefetch(ahead.at(c, i));
+          ahead.ask(c, i);
           const V x_c = V::loadu(x.data + c * x.pitch + i);
-          V slope = exp_nonpositive(minus_log_sum - gap_in_row(x_c, r.max)) * scale;
+          V slope = exp_in_row(x_c, r.max) * share;
           if constexpr (K != Target::hard) slope = slope - r.g * masses.at(c, i);
           if constexpr (kFull) {
             slope = slope + r.more.slope(a, x_c, r.max, r.log_sum);
@@ -978,15 +985,17 @@ struct CrossEntropy {
     const bool direct = a.grad_logits.dtype == dtype_of<A> && b.out_stride == classes && !stream;
     A* const out = direct ? static_cast<A*>(a.grad_logits.data) + b.at_out : buffer.staging;
     each_label(b, l, 0, classes, [&](int64_t i, int64_t c) { l.x[i] = x[i * classes + c]; });
+    const Ahead ahead(a, b, 0);
     for (int64_t i = 0; i < b.lanes; i += kLanes) {
       const Rows r(a, b, in, i);
-      const V scale = r.g * r.mass, minus_log_sum = -r.log_sum, q = r.g * V(spread(a));
+      const V share = share_of_row(r.log_sum, r.g * r.mass), q = r.g * V(spread(a));
       r.template label_slopes<K>(a, l, i);
       const int64_t begin = i * classes;
       each_vector<A>(std::min(kLanes, b.n - i) * classes, [&](int64_t j, int64_t count) {
+        ahead.ask(j / kLanes, i);
         const auto of_row = [&](V v) { return permuted(v, buffer.row + j); };
         const V x_j = load_vector(x + begin + j, count);
-        V slope = exp_nonpositive(of_row(minus_log_sum) - gap_in_row(x_j, of_row(r.max))) * of_row(scale);
+        V slope = exp_in_row(x_j, of_row(r.max)) * of_row(share);
         if constexpr (K == Target::smooth) slope = slope - of_row(q);
         store_vector(out + begin + j, slope, count);
       });
@@ -1020,10 +1029,11 @@ struct CrossEntropy {
 
   static bool weighs_labels(const Args& a) { return a.reduction == Reduction::mean && !a.probabilities.data; }
 
-  // value(first) + ... + value(last - 1), kSums sums side by side: an addition would wait for the one before it.
+  // value(first) + ... + value(last - 1), kSums sums side by side: an addition would wait for the one before it. With
+  // 32 of them it becomes vectors in a loop (0.17 ns a row); a loop over 8 is unrolled first, and stays scalar (0.54).
   template <class F>
   static double sum_of(int64_t first, int64_t last, F&& value) {
-    constexpr int64_t kSums = 8;
+    constexpr int64_t kSums = 32;
     double sum[kSums] = {}, all = 0;
     int64_t i = first;
     for (; i + kSums <= last; i += kSums) {

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <bit>
+#include <limits>
 
 namespace cece {
 
@@ -22,6 +23,7 @@ CECE_VEC Vec<A> equal(Vec<A> a, Vec<A> b) { return a == b; }
 CECE_VEC Vec<A> lesser(Vec<A> x, Vec<A> m) { return at::vec::clamp_max(x, m); }  // one instruction, NaN where x is
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 CECE_VEC Vec<A> greatest(Vec<A> x, Vec<A> m) { return at::vec::clamp_min(m, x); }  // one instruction, m where x is NaN
+CECE_VEC Vec<A> nonpositive(Vec<A> d) { return at::vec::clamp_max(Vec<A>(A(0)), d); }
 #endif
 #ifdef CPU_CAPABILITY_AVX512
 // A mask in its register. As at::vec has it, a comparison makes a vector of it, and a select a mask again of that: four
@@ -45,8 +47,8 @@ CECE_VEC int set_lanes(Vec<A> mask) { return ~mask.zero_mask() & kEveryLane<A>; 
 inline int set_lanes(__mmask16 mask) { return mask; }
 #endif
 CECE_VEC Vec<A> abs_(Vec<A> x) { return x.abs(); }
-CECE_VEC Vec<A> log1p_(Vec<A> z) { return z.log1p(); }
 
+inline Vec<double> log1p_(Vec<double> z) { return z.log1p(); }
 inline Vec<double> exp_nonpositive(Vec<double> x) { return x.exp(); }
 inline Vec<double> expm1_nonpositive(Vec<double> x) { return x.expm1(); }
 inline Vec<double> log_(Vec<double> x) { return x.log(); }
@@ -213,6 +215,22 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
   return at::vec::fmadd(k, V(0.693147181f), log1p_unit(m - V(1.f)));
 }
 
+// log(1 + z) for 0 <= z < 2^30, at most 2.2 ULP; -inf for -1, NaN for NaN. With 1 + z in 2^k [3/4, 3/2), or AVX-512's
+// neighbour, 2^-k (1 + z) - 1 is rounded once, and is z itself for k = 0.
+inline __attribute__((always_inline)) Vec<float> log1p_(Vec<float> z) {
+  using V = Vec<float>;
+  using at::vec::fmadd;
+#ifdef CPU_CAPABILITY_AVX512
+  const V k = _mm512_getexp_ps((z + V(1.f)) * V(1.33333337f)), scale = _mm512_scalef_ps(V(1.f), -k);
+#else
+  using I = Vec<int32_t>;
+  const I e = (at::vec::cast<int32_t>(z + V(1.f)) - I(0x3f3504f3)) >> I(23);  // sqrt(1/2)
+  const V k = at::vec::convert_to_fp_of_same_size<float>(e), scale = at::vec::cast<float>((I(127) - e) << I(23));
+#endif
+  const V log = fmadd(k, V(0.693147181f), log1p_unit(fmadd(z, scale, scale - V(1.f))));
+  return select(equal(z, V(-1.f)), V(-std::numeric_limits<float>::infinity()), log);
+}
+
 // Pairs of bfloat16 in 32 bits each: the first ones and the second ones (on a little-endian machine), as float.
 struct Pairs {
   Vec<float> first, second;
@@ -222,8 +240,8 @@ inline __attribute__((always_inline)) Pairs widen_pairs(Vec<int32_t> pairs) {
   using I = Vec<int32_t>;
   return {at::vec::cast<float>(pairs << I(16)), at::vec::cast<float>(pairs & I(kHighHalf))};
 }
-// Rounded to the nearest, to even where there are two. A NaN must have its low half 0, so that no carry goes through
-// it: as it has that came from a bfloat16 or from an operation.
+// Rounded to the nearest, to even where there are two. A NaN must come from a bfloat16 or be an operation's own, with
+// its low half 0, so that no carry goes through it; on AVX-512 also one that an operation passed on, of any bits.
 inline __attribute__((always_inline)) Vec<int32_t> narrow_pairs(Vec<float> first, Vec<float> second) {
   using I = Vec<int32_t>;
   const I a = at::vec::cast<int32_t>(first), b = at::vec::cast<int32_t>(second);
@@ -232,7 +250,9 @@ inline __attribute__((always_inline)) Vec<int32_t> narrow_pairs(Vec<float> first
   const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
   const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
   const __m512i low_if_odd_more = _mm512_adds_epu16(low, _mm512_and_si512(high, one));
-  return _mm512_mask_add_epi16(high, _mm512_cmpgt_epu16_mask(low_if_odd_more, half), high, one);
+  const __mmask32 more = _mm512_cmpgt_epu16_mask(low_if_odd_more, half);
+  const __mmask32 up = _mm512_mask_cmpneq_epi16_mask(more, _mm512_or_si512(high, half), _mm512_set1_epi16(-1));
+  return _mm512_mask_add_epi16(high, up, high, one);
 #else
   const auto high_half = [](I x) { return (x >> I(16)) & I(0xffff); };
   const auto rounded = [&](I x) { return x + I(0x7fff) + (high_half(x) & I(1)); };
