@@ -378,12 +378,12 @@ CECE_HD T tanh_slope(T w) {
 // B = e^-c - 1 and not 0, and from it c is known, to all digits: KL comes out greater by B - log(1 + B), JS by c^2 / 8
 // and at most |c| of itself. Likewise Q, the sum of all q_j as computed, takes the place of 1.
 template <class T>
-struct Pair {             // of two rows; [0] is x's, [1] is y's
-  T max[2], log_sum[2];   // max x and log(sum_j e^{(x_j - max x) / T})
-  T offset, offset_rest;  // R
-  T level[2];             // what a slope is relative to: KL in [1]; KL(p || m) and KL(q || m)
-  T cold;                 // 1 / T
-  bool certain[2];        // whether the maximum is +inf: of such a row's logits, settled() is meant
+struct Pair {                            // of two rows; [0] is x's, [1] is y's
+  T max[2], log_sum[2];                  // max x and log(sum_j e^{(x_j - max x) / T})
+  T offset, offset_rest;                 // R
+  T level[2];                            // what a slope is relative to: KL in [1]; KL(p || m) and KL(q || m)
+  T cold;                                // 1 / T
+  decltype(equal(T(), T())) certain[2];  // whether the maximum is +inf: of such a row's logits, settled() is meant
 
   CECE_HD Pair swapped() const {
     return {{max[1], max[0]},        {log_sum[1], log_sum[0]}, -offset, -offset_rest, {level[1], level[0]}, cold,
@@ -535,16 +535,20 @@ template <class T>
 CECE_HD bool proper(const Pair<T>& pair) {
   return pair.log_sum[0] > T(-1) && pair.log_sum[1] > T(-1);
 }
-// The divergence of a row, and what was off in its Pair put right.
+// The divergence of a row, and what was off in its Pair put right. c = -log(1 + drift)
 template <class Kind, class T>
-CECE_HD double finish_pair(const double (&sums)[Kind::kSums], double cold, Pair<T>& pair) {
-  const double drift = sums[kDrift] / sums[kMass], c = -log1p_(drift);
+CECE_HD double finish_pair(const double (&sums)[Kind::kSums], double drift, double c, double cold, Pair<T>& pair) {
   const double offset = double(pair.offset) + double(pair.offset_rest) + c / cold;
   double level[2];
   const double value = Kind::finish(sums, drift, c, level);
   pair.offset = T(offset), pair.offset_rest = T(offset - double(pair.offset));
   pair.level[0] = T(level[0]), pair.level[1] = T(level[1]);
   return proper(pair) ? value : std::numeric_limits<double>::quiet_NaN();
+}
+template <class Kind, class T>
+CECE_HD double finish_pair(const double (&sums)[Kind::kSums], double cold, Pair<T>& pair) {
+  const double drift = sums[kDrift] / sums[kMass];
+  return finish_pair<Kind>(sums, drift, -log1p_(drift), cold, pair);
 }
 // A Pair as it is saved: args.h's kPairNumbers, `stride` apart, the last of which is Jensen-Shannon's only. What is no
 // distribution is NaN where it is read again, but saved as it is: beside other parts, a part may be empty.
@@ -558,20 +562,32 @@ CECE_HD void save_pair(const Pair<T>& pair, T* out, int64_t stride) {
     out[(7 - i) * stride] = pair.level[i];
   }
 }
-template <class T>
-CECE_HD Pair<T> saved_pair(const T* saved, int64_t stride, T cold) {
-  const T infinity = std::numeric_limits<T>::infinity();
+// saved(k): number k of the Pair, or of as many as there are lanes.
+template <class T, class F>
+CECE_HD Pair<T> pair_as_saved(F&& saved, T cold) {
   Pair<T> pair;
   for (int i = 0; i < 2; i++) {
-    const T max = saved[i * stride];
-    pair.certain[i] = max == infinity, pair.max[i] = pair.certain[i] ? T(0) : max;
-    pair.log_sum[i] = saved[(2 + i) * stride];
-    (i ? pair.offset_rest : pair.offset) = saved[(4 + i) * stride];
-    pair.level[i] = saved[(7 - i) * stride];
+    const T max = saved(i);
+    pair.certain[i] = equal(max, T(std::numeric_limits<typename LaneOf<T>::type>::infinity()));
+    pair.max[i] = select(pair.certain[i], T(0), max);
+    pair.log_sum[i] = saved(2 + i);
+    (i ? pair.offset_rest : pair.offset) = saved(4 + i);
+    pair.level[i] = saved(7 - i);
   }
   pair.cold = cold;
-  if (!proper(pair)) pair.log_sum[0] = pair.log_sum[1] = std::numeric_limits<T>::quiet_NaN();
   return pair;
+}
+template <class T, class F>
+CECE_HD Pair<T> saved_pair(F&& saved, T cold) {
+  const T nan(std::numeric_limits<typename LaneOf<T>::type>::quiet_NaN());
+  Pair<T> pair = pair_as_saved(saved, cold);
+  const auto x = greater(pair.log_sum[0], T(-1)), y = greater(pair.log_sum[1], T(-1));
+  for (T& log_sum : pair.log_sum) log_sum = select(x, select(y, log_sum, nan), nan);
+  return pair;
+}
+template <class T>
+CECE_HD Pair<T> saved_pair(const T* saved, int64_t stride, T cold) {
+  return saved_pair([&](int k) { return saved[k * stride]; }, cold);
 }
 
 // A row in parts, as processes have it that share its classes: by the chain rule, with P_r and Q_r the masses of part

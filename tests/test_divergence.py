@@ -127,7 +127,7 @@ def test_ties_and_blocks_without_a_class(backend, kind):
 def test_dtypes(backend, kind, dtypes):
     """Any of both; summed in float64 if one is, else float32, each gradient in its logits' dtype."""
     a, b = (getattr(torch, name) for name in dtypes)
-    for shape in [(5, 37), (2, 300)]:
+    for shape in [(9, 37), (2, 300)]:
         x, y, g = torch.randn(shape).to(a), torch.randn(shape).to(b), torch.randn(shape[0])
         value, gradients, scales = truth(kind, x, y, 1.5)
         ours = derived(KINDS[kind], x.to(backend.device), y.to(backend.device), g.to(backend.device), temperature=1.5)
@@ -137,6 +137,34 @@ def test_dtypes(backend, kind, dtypes):
         assert_as_good_as_torch(ours[0], value, tolerance=TOLERANCE[ours[0].dtype]._replace(relative=tight))
         for ours_, true, scale in zip(ours[1:], gradients, scales, strict=True):
             assert_as_good_as_torch(ours_, g.double()[:, None] * true, scale=4 * scale * g.abs()[:, None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("apart", [1e-6, 0.5, 20.0])
+def test_many_rows(backend, kind, apart):
+    """More than go side by side, some left out; adjacent classes or pixels, also more of them than a tile has."""
+    cases = [(77, 2, False), (70, 19, False), (9, 96, False), (11, 97, False), (70, 3, True), (77, 200, True)]
+    for rows, classes, pixels in cases:
+        x, y = pair(rows, classes, apart, 100.0)
+        x[:, -1] += 4  # among the largest: what the tiles before it sum up shrinks
+        y[:, -1] += 4
+        g, mask = torch.randn(rows), torch.rand(rows) < 0.8
+        value, gradients, scales = truth(kind, x, y, 2.5)
+        a, b = (t.masked_fill(~mask[:, None], NAN).to(backend.device) for t in (x, y))
+        if pixels:
+            a, b = (t.t().contiguous()[None] for t in (a, b))
+        options = {"temperature": 2.5, "mask": mask.to(backend.device).view(1, -1) if pixels else mask.to(a.device)}
+        weights = g.to(backend.device).view(options["mask"].shape)
+        ours = derived(KINDS[kind], a, b, weights, **options)
+        ours = [t[0].mT if pixels and t.dim() == 3 else t.view(rows, -1).squeeze() for t in ours]
+        what = f"{kind} {rows} x {classes}, pixels {pixels}, {apart} apart"
+        tight = TOLERANCE[torch.float32]._replace(relative=1e-6, parts=1e-6)
+        assert_as_good_as_torch(ours[0], value * mask, scale=1e-12, what=what, tolerance=tight)
+        tight = TOLERANCE[torch.float32]._replace(least=1e-18)  # the truth's own error where rows are equal
+        for name, z, slope, scale in zip("xy", ours[1:], gradients, scales, strict=True):
+            assert not z[~mask].any()
+            true = (g * mask)[:, None] * slope
+            assert_as_good_as_torch(z, true, scale=g.abs()[:, None] * scale, what=f"{what}: {name}", tolerance=tight)
 
 
 LAYOUTS = {
@@ -201,7 +229,7 @@ ROWS = [  # x, y, KL, JS; None: what the finite classes make of it
 def test_infinite_logits(backend, dtype):
     x, y, *known = (list(column) for column in zip(*ROWS, strict=True))
     x, y = torch.tensor(x, **f64), torch.tensor(y, **f64)
-    for classes in (3, 40):  # the classes between, ruled out by both, change nothing
+    for classes in (3, 40, 200):  # the classes between, ruled out by both, change nothing
         wide = [torch.cat([t[:, :1], torch.full((len(t), classes - 3), -INF), t[:, 1:]], 1) for t in (x, y)]
         for (kind, f), values in zip(KINDS.items(), known, strict=True):
             shrunk = [t.clamp(-1e4, 1e4).masked_fill(t == -INF, -INF) for t in (x, y)]
@@ -723,7 +751,7 @@ def test_instruction_sets(isa):
     """The tests of values by the other kernels of this library, in a process of their own."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__), "-k"]
-    chosen = "cpu and (test_values_and_gradients or test_of_certain_rows or test_infinite_logits) and not emulated"
+    chosen = "cpu and (values_and_gradients or certain_rows or many_rows or infinite_logits) and not emulated"
     done = subprocess.run([*program, chosen], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
