@@ -185,7 +185,8 @@ struct BinaryCrossEntropyOf {
       const V common(g ? A(1) : *static_cast<const A*>(a.grad_loss.data) * scale);
       const bool direct = one_run(a.shape, begin, n);
       A* out = direct ? room(a.grad_input, offset_of(a.shape, a.grad_input, begin), out_stride, b.out) : b.out;
-      each_vector<A>(n, [&](int64_t i, int64_t count) {
+      const bool past_caches = stream && out != b.out;
+      each_vector_behind<A>(past_caches ? before_whole_vector(out, n) : 0, n, [&](int64_t i, int64_t count) {
         const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
         V slope;
         if constexpr (kOptions) {
@@ -196,7 +197,7 @@ struct BinaryCrossEntropyOf {
         }
         slope = slope * (g ? load_vector(g + i, count) : common);
         if (kOptions && in.m) slope = select(greater(load_vector(in.m + i, count), V(A(0))), slope, V(A(0)));
-        stream&& out != b.out ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
+        past_caches ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
       });
       each_run(a.shape, a.grad_input, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
         A* place = room(a.grad_input, offset, out_stride, out + first);

@@ -561,16 +561,18 @@ struct CrossEntropy {
     const auto whole = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += P::kSize) put(slopes(P::load(x + i), i), i);
     };
-    const auto careful = [&](int64_t i) {  // not whole, or with `own`
-      const P p = slopes(load_filled(x, i, n, A(0)), i);
-      const P all = own < n ? with_element(p, own - i, own_slope) : p;
-      i + P::kSize <= n ? put(all, i) : store_few(all, out + i, n - i);
+    const auto careful = [&](int64_t i, int64_t last) {  // not whole, or with `own`
+      if (i == last) return;
+      const P p = with_element(slopes(load_filled(x, i, last, A(0)), i), own - i, own_slope);
+      i + P::kSize == last ? put(p, i) : store_few(p, out + i, last - i);
     };
-    const int64_t end = n / P::kSize * P::kSize, own_pack = std::min(own / P::kSize * P::kSize, end);
-    whole(0, own_pack);
-    if (own_pack < end) careful(own_pack);
-    whole(own_pack + P::kSize, end);
-    if (end < n) careful(end);
+    // Careful, whole, careful, ... A row's first elements follow the last ones of the row before, with which they share
+    // a line: it comes into a cache once, and in time.
+    const int64_t head = stream ? before_whole_vector(out, n) : 0, end = n - (n - head) % P::kSize;
+    const int64_t own_pack = own < head ? end : std::min(own - (own - head) % P::kSize, end);
+    const int64_t cut[] = {0, head, own_pack, std::min(own_pack + P::kSize, end), end, n, n};
+    if (stream) __builtin_prefetch(out + end, 1);
+    for (int k = 0; k < 6; k += 2) careful(cut[k], cut[k + 1]), whole(cut[k + 1], cut[k + 2]);
   }
 
   template <Target K, class S>
