@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).resolve().parents[1]
 STRIDE = "1" if os.environ.get("CECE_ALL_FLOATS") == "1" else "97"
 
-UNITS = {"exp_nonpositive": 2, "expm1_nonpositive": 2.5, "log1p_unit": 2, "log_": 2}
+UNITS = {"exp_nonpositive": 2, "expm1_nonpositive": 2.5, "log1p_unit": 2, "log1p_of_product": 2.5, "log_": 2}
 # What is exact, or no number: (argument, result)
 EXACT = {
     "exp_nonpositive": [("-0", 1), ("0", 1), ("-inf", 0), ("-104", 0), ("-3e38", 0), ("nan", math.nan)],
@@ -31,6 +31,7 @@ EXACT = {
         ("1.17549435e-38", 1.17549435e-38),
         ("nan", math.nan),
     ],
+    "log1p_of_product": [("0", 0), ("1.17549435e-38", 1.17549435e-38), ("1e-30", 1e-30), ("nan", math.nan)],
     "log_": [("1", 0), ("nan", math.nan)],
 }
 

@@ -36,6 +36,9 @@ inline Vec<double> select(__mmask8 mask, Vec<double> a, Vec<double> b) { return 
 inline Vec<float> times(Vec<float> a, Vec<float> b) {
   return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ), a, b);
 }
+inline Vec<float> minus_times(Vec<float> c, Vec<float> a, Vec<float> b) {
+  return _mm512_mask3_fnmadd_ps(a, b, c, _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+}
 #endif
 // A bit for each lane of a comparison, and all of them
 template <class A>
@@ -211,6 +214,14 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
   V m;
   const V k = split(z, m);
   return at::vec::fmadd(k, V(0.693147181f), log1p_unit(m - V(1.f)));
+}
+// log(1 + z) for 0 <= z <= 2^64, at most 2.5 ULP: 1 + z = 2^k m, and m - 1 is rounded once.
+inline __attribute__((always_inline)) Vec<float> log1p_of_product(Vec<float> z) {
+  using V = Vec<float>;
+  using at::vec::fmadd;
+  V m;
+  const V one_more = z + V(1.f), k = split(one_more, m), scale = m / one_more;  // 2^-k
+  return fmadd(k, V(0.693147181f), log1p_unit(fmadd(z, scale, scale - V(1.f))));
 }
 
 // Pairs of bfloat16 in 32 bits each: the first ones and the second ones (on a little-endian machine), as float.
