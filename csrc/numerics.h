@@ -141,6 +141,10 @@ template <class T>
 CECE_HD T times(T a, T b) {
   return select(equal(a, T(0)), T(0), a * b);
 }
+template <class T>
+CECE_HD T minus_times(T c, T a, T b) {  // c - times(a, b)
+  return c - times(a, b);
+}
 // A sum of many terms that keeps what each addition rounds off (Knuth's TwoSum): exact to the last bits for any number.
 template <class T>
 struct LongSum {
@@ -635,6 +639,16 @@ CECE_HD T weighted(T weight, T loss) {
   return select(equal(loss, loss), times(weight, loss), loss);
 }
 
+// The sum of many losses, of which a loss may have a faster one than that of their values.
+template <class T>
+struct SumOf {
+  T sum = T(0);
+
+  CECE_HD void add(T loss) { sum = sum + loss; }
+  CECE_HD void add(const SumOf& o) { sum = sum + o.sum; }
+  CECE_HD T value() const { return sum; }
+};
+
 // Each loss is an object with `loss` and `slope`, the loss's derivative in x, of an input x, a truth y and a pos_weight
 // p. All other derivatives, of every order, come from these two (autograd/number.h), so neither may hide one: a value
 // that is not selected is made finite before it is divided by.
@@ -660,6 +674,8 @@ CECE_HD One total_mass(T, T, One) {
 // max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
 struct BinaryCrossEntropyWithLogits {
   static constexpr bool kProbabilities = false;
+  template <class A>
+  static constexpr A kCertain = -std::numeric_limits<A>::infinity();  // with the truth 0: a loss of 0
 
   CECE_HD explicit BinaryCrossEntropyWithLogits(const double*) {}
 
@@ -670,12 +686,34 @@ struct BinaryCrossEntropyWithLogits {
     const T down = -abs_(x);
     return total_mass(negative, positive, pos_weight) * log1p_unit(exp(down)) - times(wrong, down);
   }
-  // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential and one division
+  // The sum of many losses whose pos_weight is 1, with one logarithm for all of them: log1p(z_1) + log1p(z_2) + ... is
+  // log1p(R) with R + 1 = (z_1 + 1) (z_2 + 1) ..., and R' = R + (R + 1) z has no negative term, so that a tiny R keeps
+  // its bits. R is less than 2^n for n losses.
+  template <class T>
+  struct Sum {
+    T rest = T(0), distance = T(0);
+
+    template <class E = Exp>
+    CECE_HD void add(T x, T y, E exp = E()) {
+      const T down = -abs_(x);
+      rest = rest + (rest + T(1)) * exp(down);
+      distance = minus_times(distance, select(greater(T(0), x), y, T(1) - y), down);
+    }
+    CECE_HD void add(const Sum& o) {
+      rest = rest + (rest + T(1)) * o.rest;
+      distance = distance + o.distance;
+    }
+    CECE_HD T value() const { return distance + log1p_(rest); }
+  };
+  // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential and one division: of the masses on the
+  // other side of x and on its own, wrong - right z, turned around where x < 0
   template <class T, class P, class E = Exp>
   CECE_HD static T slope(T x, T y, P pos_weight, E exp = E()) {
-    const T z = exp(-abs_(x));
+    const T negative = T(1) - y, positive = pos_weight * y, z = exp(-abs_(x));
     const auto below = greater(T(0), x);
-    return ratio_unit((T(1) - y) * select(below, z, T(1)) - pos_weight * y * select(below, T(1), z), T(1) + z);
+    const T wrong = select(below, positive, negative), right = select(below, negative, positive);
+    const T rise = wrong - right * z;
+    return ratio_unit(select(below, -rise, rise), T(1) + z);
   }
 };
 
@@ -683,6 +721,8 @@ struct BinaryCrossEntropyWithLogits {
 // denominator no lower than 1e-12, as torch defines them (aten/src/ATen/native/Loss.cpp).
 struct BinaryCrossEntropy {
   static constexpr bool kProbabilities = true;
+  template <class T>
+  using Sum = SumOf<T>;
 
   CECE_HD explicit BinaryCrossEntropy(const double*) {}
 
@@ -780,6 +820,8 @@ struct Power {
 template <class A>
 struct SigmoidFocal {
   static constexpr bool kProbabilities = false;
+  template <class T>
+  using Sum = SumOf<T>;
   A positive, negative, poly;
   Power<A> power;
 
@@ -825,6 +867,8 @@ struct SigmoidFocal {
 template <class A>
 struct Asymmetric {
   static constexpr bool kProbabilities = false;
+  template <class T>
+  using Sum = SumOf<T>;
   A clip;
   Power<A> of_pos, of_neg;
 

@@ -111,28 +111,30 @@ struct BinaryCrossEntropyOf {
     }
   }
 
-  // kOptions: with weights, a mask or a smoothed truth; what a plain call does not need is compiled out.
-  template <bool kOptions, class Loss>
+  // What a call needs beside inputs and truths; what it does not is compiled out.
+  enum Options { kNone, kMasked /* or the truth is smoothed */, kWeighted /* too */ };
+
+  template <Options kOptions, class Loss>
   static V loss_of(const Args& a, const Loss& l, const Inputs& in, int64_t i, int64_t count) {
     const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
     if constexpr (Loss::kProbabilities) {
       if (set_lanes(equal(y * y, y)) == kEveryLane<A>) return l.loss_of_outcome(x, greater(y, V(A(0))));
     }
-    if constexpr (kOptions) {
+    if constexpr (kOptions == kWeighted) {
       return l.loss(x, y, in.p ? load_vector(in.p + i, count) : V(A(1)));
     } else {
       return l.loss(x, y, One());
     }
   }
-  template <bool kOptions>
+  template <Options kOptions>
   static V truth(const Args& a, const Inputs& in, int64_t i, int64_t count) {
     const V y = load_vector(in.y + i, count);
     return kOptions ? smoothed(y, V(A(a.keep)), V(A(a.spread))) : y;
   }
 
-  template <bool kOptions, class Loss>
+  template <Options kOptions, class Loss>
   static void forward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
-    constexpr int64_t kSum = 8 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
+    constexpr int64_t kSum = 16 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
     double total[kLanes] = {};
     V used(A(0));  // of masked elements how many count: a chunk's are few enough for a float
     const int64_t begin_of_task = task * kChunk, end = std::min(begin_of_task + kChunk, a.shape.count);
@@ -140,29 +142,44 @@ struct BinaryCrossEntropyOf {
       n = block_length(a.shape, begin, end);
       const Inputs in = read(a, begin, n, b);
       if constexpr (Loss::kProbabilities) check(a, in, begin, n);
+      const auto masked = [&] { return kOptions && in.m; };
+      const auto kept = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const auto kept = greater(load_vector(in.m + i, count), V(A(0)));
+        used = used + select(kept, V(A(1)), V(A(0)));
+        return kept;
+      };
       const auto value = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         V loss = loss_of<kOptions>(a, l, in, i, count);
-        if (kOptions && in.w) loss = weighted(load_vector(in.w + i, count), loss);
-        if (kOptions && in.m) {
-          const auto kept = greater(load_vector(in.m + i, count), V(A(0)));
-          loss = select(kept, loss, V(A(0)));
-          used = used + select(kept, V(A(1)), V(A(0)));
-        }
-        return loss;
+        if (kOptions == kWeighted && in.w) loss = weighted(load_vector(in.w + i, count), loss);
+        return masked() ? select(kept(i, count), loss, V(A(0))) : loss;
       };
       if (a.loss) {
         A* const out = static_cast<A*>(a.loss) + begin;
         each_vector<A>(n, [&](int64_t i, int64_t count) { store_vector(out + i, value(i, count), count); });
         continue;
       }
+      const auto add = [&](auto& sum, int64_t i, int64_t count) __attribute__((always_inline)) {
+        if constexpr (std::is_same_v<decltype(sum), SumOf<V>&>) {
+          const V loss = value(i, count);
+          sum.add(count == kLanes ? loss : first_lanes(loss, count));
+        } else {  // an element that does not count is one whose loss is 0
+          V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
+          if (masked()) {
+            const auto counts = kept(i, count);
+            x = select(counts, x, V(Loss::template kCertain<A>)), y = select(counts, y, V(A(0)));
+          }
+          if (count < kLanes) x = first_lanes(x, count, Loss::template kCertain<A>), y = first_lanes(y, count);
+          sum.add(x, y);
+        }
+      };
       for (int64_t from = 0; from < n; from += kSum) {
-        V sum[4] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
+        std::conditional_t<kOptions == kWeighted, SumOf<V>, typename Loss::template Sum<V>> sum[4];
         each_vector_in_turn<A, 4>(std::min(kSum, n - from), [&](int64_t offset, int64_t count, int turn) {
-          const V loss = value(from + offset, count);
-          sum[turn] = sum[turn] + (count == kLanes ? loss : first_lanes(loss, count));
+          add(sum[turn], from + offset, count);
         });
+        sum[0].add(sum[1]), sum[2].add(sum[3]), sum[0].add(sum[2]);
         A lane[kLanes];
-        ((sum[0] + sum[1]) + (sum[2] + sum[3])).store(lane);
+        sum[0].value().store(lane);
         for (int64_t k = 0; k < kLanes; k++) total[k] += double(lane[k]);
       }
     }
@@ -172,7 +189,7 @@ struct BinaryCrossEntropyOf {
     static_cast<double*>(a.partial)[2 * task + 1] = double(masked ? sum_lanes(used) : A(end - begin_of_task));
   }
 
-  template <bool kOptions, class Loss>
+  template <Options kOptions, class Loss>
   static void backward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
     const A scale = a.reduction == Reduction::mean ? A(1) / A(a.shape.count) : A(1);
     const int64_t out_stride = inner_stride(a.shape, a.grad_input);
@@ -189,7 +206,7 @@ struct BinaryCrossEntropyOf {
       each_vector_behind<A>(past_caches ? before_whole_vector(out, n) : 0, n, [&](int64_t i, int64_t count) {
         const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
         V slope;
-        if constexpr (kOptions) {
+        if constexpr (kOptions == kWeighted) {
           slope = l.slope(x, y, in.p ? load_vector(in.p + i, count) : V(A(1)));
           if (in.w) slope = slope * load_vector(in.w + i, count);
         } else {
@@ -207,17 +224,21 @@ struct BinaryCrossEntropyOf {
     }
   }
 
-  // f(loss, whether with options): of the losses that torch has, a plain call has kernels of its own.
+  // f(loss, options): the losses that torch has have kernels for fewer options.
   template <class F>
   static void visit_kernel(const Args& a, F&& f) {
     visit_loss<A>(a.kind, a.own, [&](const auto& loss) {
       if constexpr (std::is_empty_v<std::decay_t<decltype(loss)>>) {
-        const bool plain = !a.weight.data && !a.pos_weight.data && !a.mask.data && a.keep == 1 && a.spread == 0;
-        if (plain) return f(loss, std::false_type());
+        const bool masked = a.mask.data || a.keep != 1 || a.spread != 0;
+        if (!a.weight.data && !a.pos_weight.data) {
+          return masked ? f(loss, Constant<kMasked>()) : f(loss, Constant<kNone>());
+        }
       }
-      f(loss, std::true_type());
+      f(loss, Constant<kWeighted>());
     });
   }
+  template <Options k>
+  using Constant = std::integral_constant<Options, k>;
   static void forward(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
     visit_kernel(a, [&](const auto& loss, auto options) {
       for (int64_t t = begin; t < end; t++) forward_chunk<decltype(options)::value>(a, loss, as<Buffers>(scratch), t);

@@ -38,6 +38,9 @@ inline Vec<double> select(__mmask8 mask, Vec<double> a, Vec<double> b) { return 
 inline Vec<float> times(Vec<float> a, Vec<float> b) {
   return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ), a, b);
 }
+inline Vec<float> minus_times(Vec<float> c, Vec<float> a, Vec<float> b) {
+  return _mm512_mask3_fnmadd_ps(a, b, c, _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ));
+}
 #endif
 // A bit for each lane of a comparison, and all of them
 template <class A>
@@ -215,7 +218,7 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
   return at::vec::fmadd(k, V(0.693147181f), log1p_unit(m - V(1.f)));
 }
 
-// log(1 + z) for 0 <= z < 2^30, at most 2.2 ULP; -inf for -1, NaN for NaN. With 1 + z in 2^k [3/4, 3/2), or AVX-512's
+// log(1 + z) for 0 <= z <= 2^64, at most 2.2 ULP; -inf for -1, NaN for NaN. With 1 + z in 2^k [3/4, 3/2), or AVX-512's
 // neighbour, 2^-k (1 + z) - 1 is rounded once, and is z itself for k = 0.
 inline __attribute__((always_inline)) Vec<float> log1p_(Vec<float> z) {
   using V = Vec<float>;

@@ -29,7 +29,7 @@ const Primitive kPrimitives[] = {
     {"expm1_nonpositive", -kInfinity, 0, [](V x) { return cece::expm1_nonpositive(x); },
      [](double x) { return std::expm1(x); }},
     {"log1p_unit", -0.5f, 1, [](V x) { return cece::log1p_unit(x); }, [](double x) { return std::log1p(x); }},
-    {"log1p_", 0, 1 << 24, [](V x) { return cece::log1p_(x); }, [](double x) { return std::log1p(x); }},
+    {"log1p_", 0, 0x1p64f, [](V x) { return cece::log1p_(x); }, [](double x) { return std::log1p(x); }},
     {"log_", std::numeric_limits<float>::denorm_min(), 1, [](V x) { return cece::log_(x); },
      [](double x) { return std::log(x); }},
 };
