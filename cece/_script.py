@@ -505,11 +505,18 @@ def check_choice(loss: str, name: str, value: str, choices: list[str]) -> None:
         raise ValueError(f"cece.{loss}: {name} must be one of '{wanted}', got '{value}'")
 
 
+def one_thread_sums(rows: Tensor) -> bool:
+    """Whether torch, too, sums them up in an order that does not depend on the number of threads."""
+    if not torch.jit.is_scripting():  # a constant there, so what follows is left out
+        if not torch.compiler.is_compiling():
+            return rows.numel() <= 32768
+    return False
+
+
 def sum_in_order(rows: Tensor) -> Tensor:
     """The sum, in an order that the number of rows alone decides: torch's own depends on the number of threads."""
-    if not torch.jit.is_scripting():  # a constant there, so what follows is left out
-        if not torch.compiler.is_compiling() and rows.numel() <= 32768:  # torch takes one thread
-            return rows.sum(dtype=torch.float64).to(rows.dtype)
+    if one_thread_sums(rows):
+        return rows.sum(dtype=torch.float64).to(rows.dtype)
     flat = rows.flatten()
     blocks = (flat.numel() + 1023) // 1024
     padded = torch.nn.functional.pad(flat, [0, blocks * 1024 - flat.numel()])
@@ -532,6 +539,8 @@ def reduce_rows(
         rows = _weighted(loss, rows, token_weight, mask, None)
     if reduction == "none":
         return rows
+    if reduction == "mean" and mask is None and normalizer is None and one_thread_sums(rows):
+        return rows.mean(dtype=torch.float64).to(rows.dtype)  # a node of the graph less
     total = sum_in_order(rows)
     if reduction == "sum":
         return total
@@ -544,7 +553,9 @@ def reduce_rows(
 
 def classes_second(logits: Tensor, dim: int) -> Tensor:
     """logits as the operators take them: classes in dimension 1, wherever there is another."""
-    return logits.movedim(dim, 1) if logits.dim() > 1 else logits
+    if logits.dim() < 2 or dim % logits.dim() == 1:  # a view of it would be a node of the graph, too
+        return logits
+    return logits.movedim(dim, 1)
 
 
 def kl_divergence(
