@@ -649,6 +649,21 @@ struct SumOf {
   CECE_HD T value() const { return sum; }
 };
 
+struct OfLogits {
+  static constexpr bool kProbabilities = false;
+  template <class A>
+  static constexpr A kCertain = -std::numeric_limits<A>::infinity();  // its loss is 0, with the truth 0
+  template <class T>
+  using Sum = SumOf<T>;
+};
+struct OfProbabilities {
+  static constexpr bool kProbabilities = true;
+  template <class A>
+  static constexpr A kCertain = 0;
+  template <class T>
+  using Sum = SumOf<T>;
+};
+
 // Each loss is an object with `loss` and `slope`, the loss's derivative in x, of an input x, a truth y and a pos_weight
 // p. All other derivatives, of every order, come from these two (autograd/number.h), so neither may hide one: a value
 // that is not selected is made finite before it is divided by.
@@ -672,11 +687,7 @@ CECE_HD One total_mass(T, T, One) {
 // On logits: (1 - y) softplus(x) + p y softplus(-x), with softplus(x) = max(x, 0) + log1p(e^{-|x|}) and p the
 // pos_weight. Of max(x, 0) and max(-x, 0) one is 0 and the other |x|. The textbook's
 // max(x, 0) - x y + log1p(e^{-|x|}) cancels: 100 % off in float32 near y = 1.
-struct BinaryCrossEntropyWithLogits {
-  static constexpr bool kProbabilities = false;
-  template <class A>
-  static constexpr A kCertain = -std::numeric_limits<A>::infinity();  // with the truth 0: a loss of 0
-
+struct BinaryCrossEntropyWithLogits : OfLogits {
   CECE_HD explicit BinaryCrossEntropyWithLogits(const double*) {}
 
   template <class T, class P, class E = Exp>
@@ -703,6 +714,10 @@ struct BinaryCrossEntropyWithLogits {
       rest = rest + (rest + T(1)) * o.rest;
       distance = distance + o.distance;
     }
+    template <class Mask>
+    CECE_HD void only_where(Mask mask, const Sum& otherwise) {
+      rest = select(mask, rest, otherwise.rest), distance = select(mask, distance, otherwise.distance);
+    }
     CECE_HD T value() const { return distance + log1p_(rest); }
   };
   // (1 - y) sigmoid(x) - p y sigmoid(-x), both sigmoids from one exponential and one division: of the masses on the
@@ -719,11 +734,7 @@ struct BinaryCrossEntropyWithLogits {
 
 // On probabilities: -y log x - (1 - y) log(1 - x), each logarithm no lower than -100 and the slope's
 // denominator no lower than 1e-12, as torch defines them (aten/src/ATen/native/Loss.cpp).
-struct BinaryCrossEntropy {
-  static constexpr bool kProbabilities = true;
-  template <class T>
-  using Sum = SumOf<T>;
-
+struct BinaryCrossEntropy : OfProbabilities {
   CECE_HD explicit BinaryCrossEntropy(const double*) {}
 
   template <class T, class P, class E = Exp>
@@ -818,10 +829,7 @@ struct Power {
 // and a the weight `negative` at y = 0, `positive` at y = 1. gamma = 0 leaves the cross-entropy with its poly term.
 // (Lin et al. 2017, "Focal Loss for Dense Object Detection"; Leng et al. 2022, "PolyLoss", section 4, for poly.)
 template <class A>
-struct SigmoidFocal {
-  static constexpr bool kProbabilities = false;
-  template <class T>
-  using Sum = SumOf<T>;
+struct SigmoidFocal : OfLogits {
   A positive, negative, poly;
   Power<A> power;
 
@@ -865,10 +873,7 @@ struct SigmoidFocal {
 //   y = 1:  -(1 - p)^gamma_pos log p         y = 0:  -m^gamma_neg log(1 - m), m = max(p - clip, 0)
 // and in between both, by y and 1 - y. (Ridnik et al. 2021, "Asymmetric Loss for Multi-Label Classification", eq. 7.)
 template <class A>
-struct Asymmetric {
-  static constexpr bool kProbabilities = false;
-  template <class T>
-  using Sum = SumOf<T>;
+struct Asymmetric : OfLogits {
   A clip;
   Power<A> of_pos, of_neg;
 

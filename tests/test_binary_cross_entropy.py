@@ -97,6 +97,45 @@ def test_bool_and_integer_targets(backend, name, dtype, target):
         assert 0.4 < t["target"].float().mean() < 0.6
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("truth", [None, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_lengths(name, dtype, truth, masked):
+    """Of what a loop takes at once and more or less, beside elements that would show: x is NaN there."""
+    for n in (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 129, 511, 513, 1023, 1025, 1087, 2063):
+        beside = make(name, (n + 64,), dtype, target=truth)
+        x, y = beside["input"].detach(), beside["target"]
+        mask = torch.rand(n + 64) < 0.7
+        x[n:] = float("nan")
+        more = {"mask": mask[:n]} if masked and name == WITH_LOGITS else {}
+        a = x[:n].requires_grad_()
+        loss = getattr(cece, name)(a, y[:n], reduction="sum", **more)
+        (grad,) = torch.autograd.grad(loss, a)
+        used = mask[:n] if more else torch.ones(n, dtype=torch.bool)
+        b, t = x[:n].detach().double()[used].requires_grad_(), y[:n].double()[used]
+        truth_loss = getattr(F, name)(b, t, reduction="sum")
+        torch.testing.assert_close(loss.double(), truth_loss, rtol=3e-7, atol=0)
+        (expected,) = torch.autograd.grad(truth_loss, b)
+        rtol = 2e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(grad[used].double(), expected, rtol=rtol, atol=1e-6)
+        assert not grad[~used].any()
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-4, -1e-4, 0.3, -5.0, 20.0, -46.0, 88.0, 1e4, float("inf"), float("-inf")])
+def test_a_sum_of_the_same(x):
+    """What is rounded goes the same way each time, and a product of many is far from 1."""
+    for dtype, n in itertools.product((torch.float32, torch.float64), (1, 63, 5000)):
+        for y in (0.0, 0.25, 1.0):
+            if abs(x) == float("inf") and y != (x > 0):
+                continue
+            given = torch.full((n,), x, dtype=dtype), torch.full((n,), y, dtype=dtype)
+            loss = cece.binary_cross_entropy_with_logits(*given, reduction="sum")
+            z = given[0][0].double()
+            one = z.abs().neg().exp().log1p() + (abs(x) * (y if x < 0 else 1 - y) if abs(x) < 1e9 else 0)
+            torch.testing.assert_close(loss.double(), n * one, rtol=4e-7 if dtype == torch.float32 else 1e-14, atol=0)
+
+
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)

@@ -58,17 +58,47 @@ struct BinaryCrossEntropyOf {
   static constexpr int64_t kLanes = V::size();
 
   struct Buffers {
-    alignas(64) A x[kBlock], y[kBlock], w[kBlock], p[kBlock], m[kBlock], g[kBlock], out[kBlock];
+    alignas(64) A x[kBlock], y[kBlock], w[kBlock], p[kBlock], g[kBlock], out[kBlock];
+    uint8_t m[kBlock];
   };
+  template <class X, class Y>
   struct Inputs {  // a block; w, p and m null where absent
-    const A *x, *y, *w, *p, *m;
+    const X* x;
+    const Y* y;
+    const A *w, *p;
+    const uint8_t* m;
   };
-  static Inputs read(const Args& a, int64_t begin, int64_t n, Buffers& b) {
-    const auto get = [&](const Operand& t, A* buffer) {
-      return t.data ? gather(a.shape, t, begin, n, buffer) : nullptr;
+  template <class X, class Y>
+  static Inputs<X, Y> read(const Args& a, int64_t begin, int64_t n, Buffers& b) {
+    const auto get = [&]<class S>(Type<S>, const Operand& t, A* buffer) -> const S* {
+      if constexpr (std::is_same_v<S, A>) return t.data ? gather(a.shape, t, begin, n, buffer) : nullptr;
+      return static_cast<const S*>(t.data) + offset_of(a.shape, t, begin);
     };
-    const A* y = a.listed.labels.data ? write_out(a, begin, n, b.y) : get(a.target, b.y);
-    return {get(a.input, b.x), y, get(a.weight, b.w), get(a.pos_weight, b.p), get(a.mask, b.m)};
+    const Type<A> acc;
+    const Y* y;
+    if constexpr (std::is_same_v<Y, A>) {
+      y = a.listed.labels.data ? write_out(a, begin, n, b.y) : get(acc, a.target, b.y);
+    } else {
+      y = get(Type<Y>(), a.target, b.y);
+    }
+    return {get(Type<X>(), a.input, b.x), y, get(acc, a.weight, b.w), get(acc, a.pos_weight, b.p),
+            bytes(a, begin, n, b)};
+  }
+  static const uint8_t* bytes(const Args& a, int64_t begin, int64_t n, Buffers& b) {  // of the mask
+    const auto* data = static_cast<const uint8_t*>(a.mask.data);
+    const int64_t stride = inner_stride(a.shape, a.mask);
+    if (!data) return nullptr;
+    if (stride == 1 && one_run(a.shape, begin, n)) return data + offset_of(a.shape, a.mask, begin);
+    each_run(a.shape, a.mask, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+      gather_strided(data + offset, stride, count, b.m + first);
+    });
+    return b.m;
+  }
+  // Whether a block of an operand is a run of S, wherever it begins.
+  template <class S>
+  static bool is_run(const Args& a, const Operand& t) {
+    const Shape& s = a.shape;
+    return t.data && t.dtype == dtype_of<S> && inner_stride(s, t) == 1 && (s.dims < 2 || s.size[s.dims - 1] >= 256);
   }
   // The truth of n elements from `begin` on: 1 at the classes that their rows list. A class listed twice is as if once.
   static const A* write_out(const Args& a, int64_t begin, int64_t n, A* y) {
@@ -94,19 +124,14 @@ struct BinaryCrossEntropyOf {
     return y;
   }
 
+  // Of no probability the sign bit is set. As integers the bits of one lie between those of 0 and 1: neither they nor 1
+  // minus them have a sign.
+  static V outside(V v) { return v | at::vec::cast<A>(at::vec::cast<Int>(V(A(1))) - at::vec::cast<Int>(v)); }
   // Reports the first of n elements that is no probability, or whose target is none.
-  static void check(const Args& a, const Inputs& in, int64_t begin, int64_t n) {
+  static void report_first(const Args& a, int64_t begin, int64_t n, Buffers& b) {
     const auto fine = [](A v) { return v >= A(0) && v <= A(1); };
-    // As integers the bits of a probability lie between those of 0 and 1: neither they nor 1 minus them have a sign.
-    const auto out = [](V v) { return v | at::vec::cast<A>(at::vec::cast<Int>(V(A(1))) - at::vec::cast<Int>(v)); };
-    V signs = V(A(0));
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) signs = signs | out(V::loadu(in.x + i)) | out(V::loadu(in.y + i));
-    A lane[kLanes];
-    signs.store(lane);
-    bool good = std::none_of(lane, lane + kLanes, [](A x) { return std::signbit(x); });
-    for (; i < n; i++) good = good && fine(in.x[i]) && fine(in.y[i]);
-    for (i = 0; !good && i < n; i++) {
+    const auto in = read<A, A>(a, begin, n, b);
+    for (int64_t i = 0; i < n; i++) {
       if (!(fine(in.x[i]) && fine(in.y[i]))) return report(a.bad, begin + i);
     }
   }
@@ -114,98 +139,142 @@ struct BinaryCrossEntropyOf {
   // What a call needs beside inputs and truths; what it does not is compiled out.
   enum Options { kNone, kMasked /* or the truth is smoothed */, kWeighted /* too */ };
 
+  // f(i, count, turn) for packs of P; turn: whose vectors take turns in so many sums
+  template <class P, int kSums, class F>
+  static inline __attribute__((always_inline)) void each_pack(int64_t n, F&& f) {
+    constexpr int kWays = kSums / P::kVectors;
+    int64_t i = 0;
+    for (; i + kWays * P::kSize <= n; i += kWays * P::kSize) {
+      for (int k = 0; k < kWays; k++) f(i + k * P::kSize, P::kSize, k * P::kVectors);
+    }
+    for (; i < n; i += P::kSize) f(i, std::min(n - i, P::kSize), 0);
+  }
+  // f(x, y, k) for the vectors of a pack of inputs and truths. What is missing of the last is certain.
+  template <class Loss, class X, class Y, class F>
+  static inline __attribute__((always_inline)) void each_element(const Inputs<X, Y>& in, int64_t i, int64_t count,
+                                                                 F&& f) {
+    using P = Pack<A, X>;
+    const auto filled = [&](const auto* from, A filling) {
+      return count == P::kSize ? Pack<A, std::remove_cvref_t<decltype(*from)>>::load(from + i)
+                               : load_filled(from, i, i + count, filling);
+    };
+    const P x = filled(in.x, Loss::template kCertain<A>);
+    P y;
+    if constexpr (std::is_same_v<X, Y>) {
+      y = filled(in.y, A(0));
+    } else {
+      y = load_bytes<A, X>(in.y + i, count);
+    }
+    for (int k = 0; k < P::kVectors; k++) f(x.v[k], y.v[k], k);
+  }
+  template <Options kOptions>
+  static V truth(const Args& a, V y) {
+    return kOptions != kNone ? smoothed(y, V(A(a.keep)), V(A(a.spread))) : y;
+  }
+
   template <Options kOptions, class Loss>
-  static V loss_of(const Args& a, const Loss& l, const Inputs& in, int64_t i, int64_t count) {
-    const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
+  static V loss_of(const Loss& l, V x, V y, V pos_weight) {
     if constexpr (Loss::kProbabilities) {
       if (set_lanes(equal(y * y, y)) == kEveryLane<A>) return l.loss_of_outcome(x, greater(y, V(A(0))));
     }
     if constexpr (kOptions == kWeighted) {
-      return l.loss(x, y, in.p ? load_vector(in.p + i, count) : V(A(1)));
+      return l.loss(x, y, pos_weight);
     } else {
       return l.loss(x, y, One());
     }
   }
-  template <Options kOptions>
-  static V truth(const Args& a, const Inputs& in, int64_t i, int64_t count) {
-    const V y = load_vector(in.y + i, count);
-    return kOptions ? smoothed(y, V(A(a.keep)), V(A(a.spread))) : y;
-  }
 
-  template <Options kOptions, class Loss>
+  template <Options kOptions, class X, class Y, class Loss>
   static void forward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
+    using P = Pack<A, X>;
+    using Sum = std::conditional_t<kOptions == kWeighted, SumOf<V>, typename Loss::template Sum<V>>;
     constexpr int64_t kSum = 16 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
     double total[kLanes] = {};
-    V used(A(0));  // of masked elements how many count: a chunk's are few enough for a float
+    int64_t used = 0;  // of masked elements how many count
     const int64_t begin_of_task = task * kChunk, end = std::min(begin_of_task + kChunk, a.shape.count);
     for (int64_t begin = begin_of_task, n; begin < end; begin += n) {
       n = block_length(a.shape, begin, end);
-      const Inputs in = read(a, begin, n, b);
-      if constexpr (Loss::kProbabilities) check(a, in, begin, n);
-      const auto masked = [&] { return kOptions && in.m; };
-      const auto kept = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        const auto kept = greater(load_vector(in.m + i, count), V(A(0)));
-        used = used + select(kept, V(A(1)), V(A(0)));
-        return kept;
+      const auto in = read<X, Y>(a, begin, n, b);
+      V signs(A(0));
+      const auto check = [&](V x, V y) __attribute__((always_inline)) {
+        if constexpr (Loss::kProbabilities) signs = signs | outside(x) | outside(y);
       };
-      const auto value = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        V loss = loss_of<kOptions>(a, l, in, i, count);
+      const auto counts = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const auto counts = not_zero(Type<A>(), in.m + i, count);
+        used += std::popcount(unsigned(set_lanes(counts)));
+        return counts;
+      };
+      const auto value = [&](V x, V y, int64_t i, int64_t count) __attribute__((always_inline)) {
+        V loss = loss_of<kOptions>(l, x, truth<kOptions>(a, y), in.p ? load_vector(in.p + i, count) : V(A(1)));
         if (kOptions == kWeighted && in.w) loss = weighted(load_vector(in.w + i, count), loss);
-        return masked() ? select(kept(i, count), loss, V(A(0))) : loss;
+        return kOptions != kNone && in.m ? select(counts(i, count), loss, V(A(0))) : loss;
       };
-      if (a.loss) {
-        A* const out = static_cast<A*>(a.loss) + begin;
-        each_vector<A>(n, [&](int64_t i, int64_t count) { store_vector(out + i, value(i, count), count); });
-        continue;
-      }
-      const auto add = [&](auto& sum, int64_t i, int64_t count) __attribute__((always_inline)) {
-        if constexpr (std::is_same_v<decltype(sum), SumOf<V>&>) {
-          const V loss = value(i, count);
-          sum.add(count == kLanes ? loss : first_lanes(loss, count));
-        } else {  // an element that does not count is one whose loss is 0
-          V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
-          if (masked()) {
-            const auto counts = kept(i, count);
-            x = select(counts, x, V(Loss::template kCertain<A>)), y = select(counts, y, V(A(0)));
-          }
-          if (count < kLanes) x = first_lanes(x, count, Loss::template kCertain<A>), y = first_lanes(y, count);
+      const auto add = [&](auto& sum, V x, V y, int64_t i, int64_t count) __attribute__((always_inline)) {
+        if constexpr (std::is_same_v<Sum, SumOf<V>>) {
+          const V loss = value(x, y, i, count);
+          sum.add(kOptions != kNone && count < kLanes ? first_lanes(loss, count) : loss);
+        } else {
+          y = truth<kOptions>(a, y);
+          if (kOptions != kNone && count < kLanes) y = first_lanes(y, count);
+          const Sum without = sum;
           sum.add(x, y);
+          if (kOptions != kNone && in.m) sum.only_where(counts(i, count), without);
         }
       };
-      for (int64_t from = 0; from < n; from += kSum) {
-        std::conditional_t<kOptions == kWeighted, SumOf<V>, typename Loss::template Sum<V>> sum[4];
-        each_vector_in_turn<A, 4>(std::min(kSum, n - from), [&](int64_t offset, int64_t count, int turn) {
-          add(sum[turn], from + offset, count);
-        });
-        sum[0].add(sum[1]), sum[2].add(sum[3]), sum[0].add(sum[2]);
+      if (a.loss) {
+        if constexpr (P::kVectors == 1) {
+          A* const out = static_cast<A*>(a.loss) + begin;
+          each_vector<A>(n, [&](int64_t i, int64_t count) {
+            each_element<Loss>(in, i, count, [&](V x, V y, int) __attribute__((always_inline)) {
+              check(x, y);
+              store_vector(out + i, value(x, y, i, count), count);
+            });
+          });
+        }
+      } else {
+        for (int64_t from = 0; from < n; from += kSum) {
+          Sum sum[4];
+          each_pack<P, 4>(std::min(kSum, n - from),
+                          [&](int64_t offset, int64_t count, int turn) __attribute__((always_inline)) {
+                            const int64_t i = from + offset;
+                            each_element<Loss>(in, i, count, [&](V x, V y, int k) __attribute__((always_inline)) {
+                              check(x, y);
+                              add(sum[turn + k], x, y, i, count);
+                            });
+                          });
+          sum[0].add(sum[1]), sum[2].add(sum[3]), sum[0].add(sum[2]);
+          A lane[kLanes];
+          sum[0].value().store(lane);
+          for (int64_t k = 0; k < kLanes; k++) total[k] += double(lane[k]);
+        }
+      }
+      if constexpr (Loss::kProbabilities) {
         A lane[kLanes];
-        sum[0].value().store(lane);
-        for (int64_t k = 0; k < kLanes; k++) total[k] += double(lane[k]);
+        signs.store(lane);
+        if (std::any_of(lane, lane + kLanes, [](A x) { return std::signbit(x); })) report_first(a, begin, n, b);
       }
     }
     if (!a.partial) return;
     static_cast<double*>(a.partial)[2 * task] = std::accumulate(total, total + kLanes, 0.0);
-    const bool masked = a.mask.data;
-    static_cast<double*>(a.partial)[2 * task + 1] = double(masked ? sum_lanes(used) : A(end - begin_of_task));
+    static_cast<double*>(a.partial)[2 * task + 1] = double(a.mask.data ? used : end - begin_of_task);
   }
 
-  template <Options kOptions, class Loss>
+  template <Options kOptions, class X, class Y, class Loss>
   static void backward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
+    using P = Pack<A, X>;
     const A scale = a.reduction == Reduction::mean ? A(1) / A(a.shape.count) : A(1);
     const int64_t out_stride = inner_stride(a.shape, a.grad_input);
     const bool stream = worth_streaming(a.input.data, a.grad_input, a.shape.count);
     const int64_t end = std::min((task + 1) * kChunk, a.shape.count);
     for (int64_t begin = task * kChunk, n; begin < end; begin += n) {
       n = block_length(a.shape, begin, end);
-      const Inputs in = read(a, begin, n, b);
+      const auto in = read<X, Y>(a, begin, n, b);
       const A* g = a.reduction == Reduction::none ? gather(a.shape, a.grad_loss, begin, n, b.g) : nullptr;
-      const V common(g ? A(1) : *static_cast<const A*>(a.grad_loss.data) * scale);
-      const bool direct = one_run(a.shape, begin, n);
-      A* out = direct ? room(a.grad_input, offset_of(a.shape, a.grad_input, begin), out_stride, b.out) : b.out;
-      const bool past_caches = stream && out != b.out;
-      each_vector_behind<A>(past_caches ? before_whole_vector(out, n) : 0, n, [&](int64_t i, int64_t count) {
-        const V x = load_vector(in.x + i, count), y = truth<kOptions>(a, in, i, count);
+      const A of_all = g ? A(1) : *static_cast<const A*>(a.grad_loss.data) * scale;
+      const V common(of_all == of_all ? of_all : std::numeric_limits<A>::quiet_NaN());  // as narrow_pairs wants it
+      const auto slope_of = [&](V x, V y, int64_t i, int64_t count) __attribute__((always_inline)) {
         V slope;
+        y = truth<kOptions>(a, y);
         if constexpr (kOptions == kWeighted) {
           slope = l.slope(x, y, in.p ? load_vector(in.p + i, count) : V(A(1)));
           if (in.w) slope = slope * load_vector(in.w + i, count);
@@ -213,42 +282,76 @@ struct BinaryCrossEntropyOf {
           slope = l.slope(x, y, One());
         }
         slope = slope * (g ? load_vector(g + i, count) : common);
-        if (kOptions && in.m) slope = select(greater(load_vector(in.m + i, count), V(A(0))), slope, V(A(0)));
-        past_caches ? stream_vector(out + i, slope, count) : store_vector(out + i, slope, count);
-      });
-      each_run(a.shape, a.grad_input, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
-        A* place = room(a.grad_input, offset, out_stride, out + first);
-        if (place != out + first) std::copy_n(out + first, count, place);
-        store(a.grad_input, offset, out_stride, count, out + first);
-      });
+        return kOptions != kNone && in.m ? select(not_zero(Type<A>(), in.m + i, count), slope, V(A(0))) : slope;
+      };
+      const auto slopes = [&](X* out, bool stream) {
+        const auto pack = [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+          P p;
+          each_element<Loss>(
+              in, i, count, [&](V x, V y, int k) __attribute__((always_inline)) { p.v[k] = slope_of(x, y, i, count); });
+          if (count < P::kSize) return store_few(p, out + i, count);
+          stream ? p.stream(out + i) : p.store(out + i);
+        };
+        const int64_t head = stream ? before_whole_vector(out, n) : 0;
+        if (head) pack(0, head);
+        for (int64_t i = head; i < n; i += P::kSize) pack(i, std::min(n - i, P::kSize));
+      };
+      if constexpr (!std::is_same_v<X, A>) {
+        slopes(static_cast<X*>(a.grad_input.data) + offset_of(a.shape, a.grad_input, begin), stream);
+      } else {
+        const bool direct = one_run(a.shape, begin, n);
+        A* out = direct ? room(a.grad_input, offset_of(a.shape, a.grad_input, begin), out_stride, b.out) : b.out;
+        slopes(out, stream && out != b.out);
+        each_run(a.shape, a.grad_input, begin, n, [&](int64_t offset, int64_t first, int64_t count) {
+          A* place = room(a.grad_input, offset, out_stride, out + first);
+          if (place != out + first) std::copy_n(out + first, count, place);
+          store(a.grad_input, offset, out_stride, count, out + first);
+        });
+      }
     }
   }
 
-  // f(loss, options): the losses that torch has have kernels for fewer options.
+  template <Options kOptions, class X, class Y>
+  struct Kernel {
+    template <class Loss>
+    static void forward(const Args& a, const Loss& l, Scratch& scratch, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) forward_chunk<kOptions, X, Y>(a, l, as<Buffers>(scratch), t);
+    }
+    template <class Loss>
+    static void backward(const Args& a, const Loss& l, Scratch& scratch, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) backward_chunk<kOptions, X, Y>(a, l, as<Buffers>(scratch), t);
+      end_streaming();
+    }
+  };
+  // f(loss, kernel): the losses that torch has have kernels for fewer options and, of float, for the storage types of
+  // most calls. All others go through buffers.
   template <class F>
   static void visit_kernel(const Args& a, F&& f) {
     visit_loss<A>(a.kind, a.own, [&](const auto& loss) {
       if constexpr (std::is_empty_v<std::decay_t<decltype(loss)>>) {
         const bool masked = a.mask.data || a.keep != 1 || a.spread != 0;
         if (!a.weight.data && !a.pos_weight.data) {
-          return masked ? f(loss, Constant<kMasked>()) : f(loss, Constant<kNone>());
+          if constexpr (std::is_same_v<A, float>) {
+            const bool bytes = is_run<uint8_t>(a, a.target);
+            if (bytes && masked) return f(loss, Kernel<kMasked, A, uint8_t>());
+            if (!masked && a.reduction != Reduction::none && is_run<BFloat16>(a, a.input) &&
+                (!a.grad_input.data || is_run<BFloat16>(a, a.grad_input))) {
+              if (bytes) return f(loss, Kernel<kNone, BFloat16, uint8_t>());
+              if (is_run<BFloat16>(a, a.target)) return f(loss, Kernel<kNone, BFloat16, BFloat16>());
+            }
+            if (bytes) return f(loss, Kernel<kNone, A, uint8_t>());
+          }
+          return masked ? f(loss, Kernel<kMasked, A, A>()) : f(loss, Kernel<kNone, A, A>());
         }
       }
-      f(loss, Constant<kWeighted>());
+      f(loss, Kernel<kWeighted, A, A>());
     });
   }
-  template <Options k>
-  using Constant = std::integral_constant<Options, k>;
   static void forward(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
-    visit_kernel(a, [&](const auto& loss, auto options) {
-      for (int64_t t = begin; t < end; t++) forward_chunk<decltype(options)::value>(a, loss, as<Buffers>(scratch), t);
-    });
+    visit_kernel(a, [&](const auto& loss, auto kernel) { kernel.forward(a, loss, scratch, begin, end); });
   }
   static void backward(const Args& a, Scratch& scratch, int64_t begin, int64_t end) {
-    visit_kernel(a, [&](const auto& loss, auto options) {
-      for (int64_t t = begin; t < end; t++) backward_chunk<decltype(options)::value>(a, loss, as<Buffers>(scratch), t);
-    });
-    end_streaming();
+    visit_kernel(a, [&](const auto& loss, auto kernel) { kernel.backward(a, loss, scratch, begin, end); });
   }
 
   static constexpr BinaryCrossEntropyKernels<A> kernels = {forward, backward};

@@ -65,16 +65,6 @@ inline __attribute__((always_inline)) void each_vector(int64_t n, F&& f) {
   for (; i + V <= n; i += V) f(i, V);
   if (i < n) f(i, n - i);
 }
-// The same with `head` elements, less than a vector, by themselves: where vectors from there on are in whole places
-template <class A, class F>
-inline __attribute__((always_inline)) void each_vector_behind(int64_t head, int64_t n, F&& f) {
-  constexpr int64_t V = Vec<A>::size();
-  const int64_t end = n - (n - head) % V, cut[] = {0, head, end, n, n};
-  for (int k = 0; k < 4; k += 2) {  // in this order, so that the lines at the ends of rows come into a cache once
-    if (cut[k] < cut[k + 1]) f(cut[k], cut[k + 1] - cut[k]);
-    for (int64_t i = cut[k + 1]; i < cut[k + 2]; i += V) f(i, V);
-  }
-}
 // The same, with f(i, count, k): k = 0 ... kWays - 1 in turn, constants to the compiler, so that an array of sums that
 // it indexes stays in registers.
 template <class A, int kWays, class F>
@@ -148,6 +138,18 @@ inline void convert(const S* x, int64_t n, A* out) {
       high.store(out + i + Vec<float>::size());
     }
   }
+#ifdef CPU_CAPABILITY_AVX2  // it has no instruction for these, but for those that 32 bits hold
+  if constexpr (std::is_same_v<S, int64_t> && std::is_same_v<A, float>) {
+    for (; i + 8 <= n; i += 8) {
+      const __m256 a = _mm256_loadu_ps(reinterpret_cast<const float*>(x + i));
+      const __m256 b = _mm256_loadu_ps(reinterpret_cast<const float*>(x + i + 4));
+      const auto in_order = [](__m256 v) { return _mm256_permute4x64_epi64(_mm256_castps_si256(v), 0xd8); };
+      const __m256i low = in_order(_mm256_shuffle_ps(a, b, 0x88)), high = in_order(_mm256_shuffle_ps(a, b, 0xdd));
+      if (_mm256_movemask_epi8(_mm256_cmpeq_epi32(high, _mm256_srai_epi32(low, 31))) != -1) break;
+      _mm256_storeu_ps(out + i, _mm256_cvtepi32_ps(low));
+    }
+  }
+#endif
   for (; i < n; i++) out[i] = static_cast<A>(x[i]);
 }
 
@@ -206,10 +208,11 @@ __attribute__((noinline)) void gather_strided(const S* x, int64_t stride, int64_
 }
 
 template <class S>
-constexpr Dtype dtype_of = std::is_same_v<S, float>    ? Dtype::f32
-                           : std::is_same_v<S, double> ? Dtype::f64
-                           : std::is_same_v<S, Half>   ? Dtype::f16
-                                                       : Dtype::bf16;
+constexpr Dtype dtype_of = std::is_same_v<S, float>     ? Dtype::f32
+                           : std::is_same_v<S, double>  ? Dtype::f64
+                           : std::is_same_v<S, Half>    ? Dtype::f16
+                           : std::is_same_v<S, uint8_t> ? Dtype::u8
+                                                        : Dtype::bf16;
 
 // Elements offset, offset + stride, ... of a tensor, n of them; buffer holds n.
 template <class A>
@@ -510,6 +513,59 @@ inline Pack<A, S> load_filled(const S* x, int64_t i, int64_t n, A filling) {
     return P::load(few);
   }
 }
+#if defined(CPU_CAPABILITY_AVX512)
+inline Vec<int32_t> widen_bytes(const uint8_t* x) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+inline Vec<int32_t> widen_words(const uint8_t* x) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Vec<int32_t> widen_bytes(const uint8_t* x) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
+}
+inline Vec<int32_t> widen_words(const uint8_t* x) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+#endif
+// Bytes in the order of a pack of S, zeros where there are less than it holds
+template <class A, class S>
+inline __attribute__((always_inline)) Pack<A, S> load_bytes(const uint8_t* x, int64_t count) {
+  using P = Pack<A, S>;
+  uint8_t few[P::kSize] = {};
+  if (count < P::kSize) x = std::copy_n(x, count, few) - count;
+  P p;
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<A, float>) {
+    using I = Vec<int32_t>;
+    const auto number = [](I i) { return at::vec::convert_to_fp_of_same_size<float>(i); };
+    if constexpr (P::kVectors == 1) {
+      p.v[0] = number(widen_bytes(x));
+    } else {
+      const I two = widen_words(x);
+      p.v[0] = number(two & I(0xff)), p.v[1] = number(two >> I(8));
+    }
+    return p;
+  }
+#endif
+  for (int64_t k = 0; k < P::kVectors; k++) {
+    A lane[Vec<A>::size()];
+    for (int64_t i = 0; i < Vec<A>::size(); i++) lane[i] = A(x[i * P::kVectors + k]);
+    p.v[k] = Vec<A>::loadu(lane);
+  }
+  return p;
+}
+// Which of as many bytes as a vector has lanes are not 0
+template <class A>
+inline auto not_zero(Type<A>, const uint8_t* x, int64_t count) {
+  return greater(load_bytes<A, A>(x, count).v[0], Vec<A>(A(0)));
+}
+#ifdef CPU_CAPABILITY_AVX512
+inline __mmask16 not_zero(Type<float>, const uint8_t* x, int64_t count) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(__mmask16((1 << count) - 1), x);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+#endif
 // Its first elements, `count` of them
 template <class A, class S>
 inline void store_few(const Pack<A, S>& p, S* out, int64_t count) {
