@@ -533,7 +533,7 @@ template <class A, class S>
 inline __attribute__((always_inline)) Pack<A, S> load_bytes(const uint8_t* x, int64_t count) {
   using P = Pack<A, S>;
   uint8_t few[P::kSize] = {};
-  if (count < P::kSize) x = std::copy_n(x, count, few) - count;
+  if (count < P::kSize) std::copy_n(x, count, few), x = few;
   P p;
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<A, float>) {
