@@ -135,6 +135,11 @@ CECE_HD double log1p_unit(double z, double) { return ::log1p(z); }
 // log(z), for z in [0, 1]
 CECE_HD float log_(float z) { return CECE_GPU(::logf(z), z, 1); }
 CECE_HD double log_(double z) { return ::log(z); }
+// The same where 1 - z is known to all its bits
+template <class T>
+CECE_HD T log_(T z, T rest) {
+  return select(greater(T(0.5), rest), log1p_(-rest), log_(z));
+}
 
 // a * b, but 0 wherever a is 0: an impossible outcome costs nothing, however impossible.
 template <class T>
@@ -642,6 +647,7 @@ CECE_HD T weighted(T weight, T loss) {
 // The sum of many losses, of which a loss may have a faster one than that of their values.
 template <class T>
 struct SumOf {
+  static constexpr int kMost = 64;  // added up before the sum goes on in double
   T sum = T(0);
 
   CECE_HD void add(T loss) { sum = sum + loss; }
@@ -653,13 +659,6 @@ struct OfLogits {
   static constexpr bool kProbabilities = false;
   template <class A>
   static constexpr A kCertain = -std::numeric_limits<A>::infinity();  // its loss is 0, with the truth 0
-  template <class T>
-  using Sum = SumOf<T>;
-};
-struct OfProbabilities {
-  static constexpr bool kProbabilities = true;
-  template <class A>
-  static constexpr A kCertain = 0;
   template <class T>
   using Sum = SumOf<T>;
 };
@@ -702,6 +701,7 @@ struct BinaryCrossEntropyWithLogits : OfLogits {
   // its bits. R is less than 2^n for n losses.
   template <class T>
   struct Sum {
+    static constexpr int kMost = 64;
     T rest = T(0), distance = T(0);
 
     template <class E = Exp>
@@ -734,7 +734,13 @@ struct BinaryCrossEntropyWithLogits : OfLogits {
 
 // On probabilities: -y log x - (1 - y) log(1 - x), each logarithm no lower than -100 and the slope's
 // denominator no lower than 1e-12, as torch defines them (aten/src/ATen/native/Loss.cpp).
-struct BinaryCrossEntropy : OfProbabilities {
+struct BinaryCrossEntropy {
+  static constexpr bool kProbabilities = true;
+  template <class A>
+  static constexpr A kCertain = 0;
+  template <class T>
+  using Sum = SumOf<T>;
+
   CECE_HD explicit BinaryCrossEntropy(const double*) {}
 
   template <class T, class P, class E = Exp>
@@ -767,6 +773,17 @@ struct BinaryCrossEntropy : OfProbabilities {
     const T rest = T(1) - x, lost = select(yes, T(0), (T(1) - rest) - x);
     return lesser(-(log_(select(yes, x, rest)) + (lost + lost * x)), T(100));
   }
+  // The sum of losses of outcomes, whose probability is p, by the logarithm of their product. What is left of 1 is kept
+  // beside it, to all its bits: 1 - p q = (1 - p) + p (1 - q).
+  template <class T>
+  struct Outcomes {
+    static constexpr int kMost = 8;  // each of kLeast, and their product is no subnormal number
+    static constexpr typename LaneOf<T>::type kLeast = 0x1p-15f;
+    T product = T(1), rest = T(0);
+
+    CECE_HD void add(T p, T other) { rest = rest + product * other, product = product * p; }
+    CECE_HD T loss() const { return -log_(product, rest); }
+  };
 };
 
 // sigmoid(x), sigmoid(-x) = 1 - sigmoid(x), and minus the logarithm of each, from one exponential z and one division:

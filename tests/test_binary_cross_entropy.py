@@ -235,17 +235,34 @@ def test_outcomes_beside_probabilities(backend, reduction):
         assert_as_good_as_torch(ours, truth if reduction == "none" else truth.sum())
 
 
+@pytest.mark.parametrize("near", [1.0, 0.5, 2**-3, 2**-6, 2**-12, 2**-23])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_many_outcomes(backend, dtype, near):
+    """Many go into one logarithm on a CPU, unless one of them is nearly impossible; the product may be near 1."""
+    for n in (64, 128, 300, 3000):
+        for least in (1e-4, 1e-7):
+            y = torch.randint(2, (n,)).to(dtype)
+            p = (1 - near * torch.rand(n)).clamp_min(least).to(dtype)
+            x = torch.where(y == 1, p, 1 - p)
+            x[n // 2] = 1 - near / 2 if y[n // 2] == 1 else near / 2
+            wide = x.double()
+            truth = torch.where(y == 1, -wide.log(), -(-wide).log1p()).clamp_max(100).sum()
+            ours = cece.binary_cross_entropy(x.to(backend.device), y.to(backend.device), reduction="sum")
+            assert_as_good_as_torch(ours, truth)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("which", ["input", "target"])
 def test_which_probability_is_none(which, dtype):
     """The first of them, at any place of a vector and in its tail. -0 is one."""
-    good = {"input": torch.rand(75).to(dtype), "target": torch.randint(2, (75,)).to(dtype)}
+    n = 140  # more than go into one logarithm
+    good = {"input": (torch.rand(n) * 0.9 + 0.05).to(dtype), "target": torch.randint(2, (n,)).to(dtype)}
     signed = {name: t.clone() for name, t in good.items()}
     signed["input"][::9] = signed["target"][::7] = -0.0  # looked at one by one, as what is beside them is then
     cece.binary_cross_entropy(**signed)
     nan = torch.tensor(float("nan"), dtype=dtype)
     none = [-1e-30, 1.01, float("inf"), -float("inf"), nan, -nan]
-    for place in range(75):
+    for place in range(n):
         wrong = {name: t.clone() for name, t in good.items()}
         wrong[which][place : place + 2] = none[place % len(none)]
         with pytest.raises(RuntimeError, match=rf"got {which}\[{place}\] = "):

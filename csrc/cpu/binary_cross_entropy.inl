@@ -184,11 +184,34 @@ struct BinaryCrossEntropyOf {
     }
   }
 
+  // Of some vectors of outcomes the losses' sum, by one logarithm; false if something is no outcome, or one that is
+  // nearly impossible: then a sign is set, a truth beside 1 is not 0, or the product is NaN.
+  template <class Loss>
+  static constexpr int64_t kOutcomes = Loss::template Outcomes<V>::kMost * kLanes;
+  template <class Loss, class X, class Y>
+  static inline __attribute__((always_inline)) bool loss_of_outcomes(const Inputs<X, Y>& in, int64_t i, V& sum) {
+    typename Loss::template Outcomes<V> all;
+    V signs(A(0)), odd(A(0));
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kOutcomes<Loss>; k += Pack<A, X>::kSize) {
+      each_element<Loss>(in, i + k, Pack<A, X>::kSize, [&](V x, V y, int) __attribute__((always_inline)) {
+        const auto yes = equal(y, V(A(1)));
+        const V other = V(A(1)) - x, p = select(yes, x, other), rest = select(yes, other, x);
+        signs = signs | rest | (p - V(A(all.kLeast)));
+        odd = odd | select(yes, V(A(0)), y);
+        all.add(p, rest);
+      });
+    }
+    sum = all.loss();
+    const V negative = at::vec::cast<A>(at::vec::cast<Int>(signs) >> Vec<Int>(Int(8 * sizeof(A) - 1)));
+    return !set_lanes(odd | negative) && set_lanes(greater(all.product, V(A(0)))) == kEveryLane<A>;
+  }
+
   template <Options kOptions, class X, class Y, class Loss>
   static void forward_chunk(const Args& a, const Loss& l, Buffers& b, int64_t task) {
     using P = Pack<A, X>;
     using Sum = std::conditional_t<kOptions == kWeighted, SumOf<V>, typename Loss::template Sum<V>>;
-    constexpr int64_t kSum = 16 * kLanes * 4;  // elements added up in Acc before the sum goes on in double
+    constexpr int64_t kSum = Sum::kMost * kLanes;  // elements added up in Acc before the sum goes on in double
     double total[kLanes] = {};
     int64_t used = 0;  // of masked elements how many count
     const int64_t begin_of_task = task * kChunk, end = std::min(begin_of_task + kChunk, a.shape.count);
@@ -210,6 +233,7 @@ struct BinaryCrossEntropyOf {
         return kOptions != kNone && in.m ? select(counts(i, count), loss, V(A(0))) : loss;
       };
       const auto add = [&](auto& sum, V x, V y, int64_t i, int64_t count) __attribute__((always_inline)) {
+        check(x, y);
         if constexpr (std::is_same_v<Sum, SumOf<V>>) {
           const V loss = value(x, y, i, count);
           sum.add(kOptions != kNone && count < kLanes ? first_lanes(loss, count) : loss);
@@ -232,20 +256,29 @@ struct BinaryCrossEntropyOf {
           });
         }
       } else {
-        for (int64_t from = 0; from < n; from += kSum) {
+        const auto add_to_total = [&](V sum) {
+          A lane[kLanes];
+          sum.store(lane);
+          for (int64_t k = 0; k < kLanes; k++) total[k] += double(lane[k]);
+        };
+        for (int64_t from = 0; from < n;) {
+          if constexpr (Loss::kProbabilities && kOptions == kNone) {
+            V sum;
+            if (from + kOutcomes<Loss> <= n && loss_of_outcomes<Loss>(in, from, sum)) {
+              add_to_total(sum), from += kOutcomes<Loss>;
+              continue;
+            }
+          }
           Sum sum[4];
           each_pack<P, 4>(std::min(kSum, n - from),
                           [&](int64_t offset, int64_t count, int turn) __attribute__((always_inline)) {
                             const int64_t i = from + offset;
                             each_element<Loss>(in, i, count, [&](V x, V y, int k) __attribute__((always_inline)) {
-                              check(x, y);
                               add(sum[turn + k], x, y, i, count);
                             });
                           });
           sum[0].add(sum[1]), sum[2].add(sum[3]), sum[0].add(sum[2]);
-          A lane[kLanes];
-          sum[0].value().store(lane);
-          for (int64_t k = 0; k < kLanes; k++) total[k] += double(lane[k]);
+          add_to_total(sum[0].value()), from += kSum;
         }
       }
       if constexpr (Loss::kProbabilities) {

@@ -94,7 +94,9 @@ inline Vec<A> with_lane(Vec<A> x, int64_t lane, A value) {
 template <class A>
 inline __attribute__((always_inline)) Vec<A> load_vector(const A* x, int64_t count) {
   if (count == Vec<A>::size()) return Vec<A>::loadu(x);
-#ifdef CPU_CAPABILITY_AVX2  // as at::vec has it, it goes through memory
+#ifdef CPU_CAPABILITY_AVX512  // at::vec's is not inlined everywhere
+  if constexpr (std::is_same_v<A, float>) return _mm512_maskz_loadu_ps((1 << count) - 1, x);
+#elif defined(CPU_CAPABILITY_AVX2)  // as at::vec has it, it goes through memory
   if constexpr (std::is_same_v<A, float>) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes));

@@ -221,6 +221,14 @@ inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z) {
   const V k = split(z, m);
   return at::vec::fmadd(k, V(0.693147181f), log1p_unit(m - V(1.f)));
 }
+// The same where 1 - z is known to all its bits
+inline __attribute__((always_inline)) Vec<float> log_(Vec<float> z, Vec<float> rest) {
+  using V = Vec<float>;
+  V m;
+  const V k = split(z, m);
+  const auto near = greater(V(0.5f), rest);
+  return at::vec::fmadd(select(near, V(0.f), k), V(0.693147181f), log1p_unit(select(near, -rest, m - V(1.f))));
+}
 
 // log(1 + z) for 0 <= z <= 2^64, at most 2.2 ULP; -inf for -1, NaN for NaN. With 1 + z in 2^k [3/4, 3/2), or AVX-512's
 // neighbour, 2^-k (1 + z) - 1 is rounded once, and is z itself for k = 0.
