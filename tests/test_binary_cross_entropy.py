@@ -97,6 +97,16 @@ def test_bool_and_integer_targets(backend, name, dtype, target):
         assert 0.4 < t["target"].float().mean() < 0.6
 
 
+def test_integer_truths_of_any_size(backend):
+    """Some ways to make floats of eight int64 take 32 bits of each."""
+    y = torch.tensor([0, 1, 2**31, -(2**31), 2**31 - 1, 2**33, -(2**40), 2**62 + 1] * 3, device=backend.device)
+    x = torch.full((24,), 0.5, device=backend.device)
+    for shift in range(8):
+        truth = y.roll(shift)
+        ours = cece.binary_cross_entropy_with_logits(x, truth, reduction="none")
+        assert torch.equal(ours, cece.binary_cross_entropy_with_logits(x, truth.float(), reduction="none"))
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("truth", [None, torch.bool], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -47,6 +47,19 @@ def same_digits(ours, truth, rtol=1e-12, atol=0):
 # ---- values and gradients
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize("truths", [torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_sum_of_any_length(case, truths, weighted):
+    """What fills up the last vector costs nothing, also where a smoothed truth is nowhere 0."""
+    ours = both(case)[0]
+    for n in (1, 5, 8, 15, 16, 17, 33, 63, 65, 130, 1025, 1070):
+        x, y = 3 * torch.randn(n), torch.randint(2, (n,)).to(truths)
+        more = {"weight": torch.rand(n)} if weighted else {}
+        losses = ours(x, y, reduction="none", **more)
+        same_digits(ours(x, y, reduction="sum", **more).double(), losses.double().sum(), rtol=4e-7)
+
+
 def errors(case, x, y, p):
     """Of the loss and its slope, what they are the sums and powers of: units of rounding, as a multiple of the type's.
 
