@@ -2,10 +2,6 @@
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -741,19 +737,6 @@ def test_errors(call, kind, message):
     with pytest.raises(kind, match=message) as e:
         call()
     assert "\n" not in str(e.value) or "index 3" in message
-
-
-# ---- instruction sets
-
-
-@pytest.mark.parametrize("isa", ["default", "avx2"])
-def test_instruction_sets(isa):
-    """The tests of values by the other kernels of this library, in a process of their own."""
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__), "-k"]
-    chosen = "cpu and (values_and_gradients or certain_rows or many_rows or infinite_logits) and not emulated"
-    done = subprocess.run([*program, chosen], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
 
 def test_classes_in_another_dimension():

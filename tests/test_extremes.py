@@ -335,6 +335,8 @@ def test_an_incoming_nan_of_any_bits_is_one_in_bfloat16(backend, shape, bits):
     loss = cece.cross_entropy(x, y, reduction="none")
     g = torch.full(loss.shape, bits, dtype=torch.int32, device=backend.device).view(torch.float32)
     assert torch.autograd.grad(loss, x, g)[0].isnan().all()
+    loss = BCE(x, torch.ones_like(x))
+    assert torch.autograd.grad(loss, x, g.flatten()[0].to(loss.dtype))[0].isnan().all()
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

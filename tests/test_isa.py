@@ -139,6 +139,28 @@ def run_on(isa, program):
     assert [line.upper() for line in done.stdout.split()] == [ISAS[isa], "AGREES"]
 
 
+# Tests of other files that depend on lanes: tails, what goes into a vector together, bits of a NaN
+OF_LANES = {
+    "test_binary_cross_entropy.py": "lengths or of_the_same or many_outcomes or beside_probabilities or of_any_size",
+    "test_divergence.py": "values_and_gradients or certain_rows or many_rows or infinite_logits",
+    "test_extremes.py": "equal_terms or nan_of_any_bits",
+    "test_multilabel.py": "of_any_length",
+}
+
+
+@pytest.mark.parametrize("isa", list(ISAS)[:-1])
+def test_of_lanes(isa):
+    """By the kernels that this machine would not choose."""
+    if not HERE[isa]:
+        pytest.skip(f"this CPU has no {isa}")
+    chosen = f"({' or '.join(OF_LANES.values())}) and not emulated"
+    files = [Path(__file__).with_name(name) for name in OF_LANES]
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_forced(isa):
     """build_info() says it, the losses agree with float64, exp stays within 2 ULP."""
