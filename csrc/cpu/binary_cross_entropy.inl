@@ -327,7 +327,9 @@ struct BinaryCrossEntropyOf {
         };
         const int64_t head = stream ? before_whole_vector(out, n) : 0;
         if (head) pack(0, head);
-        for (int64_t i = head; i < n; i += P::kSize) pack(i, std::min(n - i, P::kSize));
+        int64_t i = head;
+        for (; i + P::kSize <= n; i += P::kSize) pack(i, P::kSize);
+        if (i < n) pack(i, n - i);
       };
       if constexpr (!std::is_same_v<X, A>) {
         slopes(static_cast<X*>(a.grad_input.data) + offset_of(a.shape, a.grad_input, begin), stream);
