@@ -1,8 +1,8 @@
 // Elementwise losses on a CPU: every struct of numerics.h that visit_loss knows.
 //
 // The tensors are walked in the logical order of their elements, a block of kBlock at a time. An operand that is
-// not a contiguous run there (broadcast, strided, of another dtype) is brought into a buffer in L1 first; a truth of
-// listed classes is written out there, block by block, and nowhere else.
+// not a contiguous run there (broadcast, strided, of a dtype no kernel reads) is brought into a buffer in L1 first; a
+// truth of listed classes is written out there, block by block, and nowhere else.
 #pragma once
 #include <numeric>
 
@@ -139,16 +139,6 @@ struct BinaryCrossEntropyOf {
   // What a call needs beside inputs and truths; what it does not is compiled out.
   enum Options { kNone, kMasked /* or the truth is smoothed */, kWeighted /* too */ };
 
-  // f(i, count, turn) for packs of P; turn: whose vectors take turns in so many sums
-  template <class P, int kSums, class F>
-  static inline __attribute__((always_inline)) void each_pack(int64_t n, F&& f) {
-    constexpr int kWays = kSums / P::kVectors;
-    int64_t i = 0;
-    for (; i + kWays * P::kSize <= n; i += kWays * P::kSize) {
-      for (int k = 0; k < kWays; k++) f(i + k * P::kSize, P::kSize, k * P::kVectors);
-    }
-    for (; i < n; i += P::kSize) f(i, std::min(n - i, P::kSize), 0);
-  }
   // f(x, y, k) for the vectors of a pack of inputs and truths. What is missing of the last is certain.
   template <class Loss, class X, class Y, class F>
   static inline __attribute__((always_inline)) void each_element(const Inputs<X, Y>& in, int64_t i, int64_t count,
@@ -327,9 +317,8 @@ struct BinaryCrossEntropyOf {
         };
         const int64_t head = stream ? before_whole_vector(out, n) : 0;
         if (head) pack(0, head);
-        int64_t i = head;
-        for (; i + P::kSize <= n; i += P::kSize) pack(i, P::kSize);
-        if (i < n) pack(i, n - i);
+        each_pack<P, P::kVectors>(
+            n - head, [&](int64_t i, int64_t count, int) __attribute__((always_inline)) { pack(head + i, count); });
       };
       if constexpr (!std::is_same_v<X, A>) {
         slopes(static_cast<X*>(a.grad_input.data) + offset_of(a.shape, a.grad_input, begin), stream);

@@ -65,18 +65,6 @@ inline __attribute__((always_inline)) void each_vector(int64_t n, F&& f) {
   for (; i + V <= n; i += V) f(i, V);
   if (i < n) f(i, n - i);
 }
-// The same, with f(i, count, k): k = 0 ... kWays - 1 in turn, constants to the compiler, so that an array of sums that
-// it indexes stays in registers.
-template <class A, int kWays, class F>
-inline __attribute__((always_inline)) void each_vector_in_turn(int64_t n, F&& f) {
-  constexpr int64_t V = Vec<A>::size();
-  int64_t i = 0;
-  for (; i + kWays * V <= n; i += kWays * V) {
-    for (int k = 0; k < kWays; k++) f(i + k * V, V, k);
-  }
-  for (; i + V <= n; i += V) f(i, V, 0);
-  if (i < n) f(i, n - i, 0);
-}
 // 0, 1, 2, ...: a lane's own number
 template <class A>
 inline Vec<A> lane_numbers() {
@@ -495,6 +483,17 @@ struct Pack<float, BFloat16> {
     stream_vector(reinterpret_cast<int32_t*>(out), narrow_pairs(v[0], v[1]), Vec<int32_t>::size());
   }
 };
+// f(i, count, k) for packs of a run, as each_vector: k = 0, kVectors, ... below kSums in turn, constants to the
+// compiler, so that an array of as many vectors of sums that it indexes stays in registers.
+template <class P, int kSums, class F>
+inline __attribute__((always_inline)) void each_pack(int64_t n, F&& f) {
+  constexpr int kWays = kSums / P::kVectors;
+  int64_t i = 0;
+  for (; i + kWays * P::kSize <= n; i += kWays * P::kSize) {
+    for (int k = 0; k < kWays; k++) f(i + k * P::kSize, P::kSize, k * P::kVectors);
+  }
+  for (; i < n; i += P::kSize) f(i, std::min(n - i, P::kSize), 0);
+}
 // Elements i ... of n, filled up
 template <class A, class S>
 inline Pack<A, S> load_filled(const S* x, int64_t i, int64_t n, A filling) {

@@ -244,7 +244,7 @@ struct CrossEntropy {
     constexpr A kUnit = A(1) / (4 * kBlock);
     const V m(even ? max * kUnit : max), minus_unit(even ? -kUnit : A(-1)), zero(A(0));
     V gaps[2] = {zero, zero}, mass[2] = {zero, zero};
-    each_vector_in_turn<A, 2>(n, [&](int64_t i, int64_t count, int turn) {
+    each_pack<Pack<A, A>, 2>(n, [&](int64_t i, int64_t count, int turn) {
       V gap = at::vec::fmadd(load_vector(x + i, count), minus_unit, m);
       V q_i = even ? V(A(1)) : q.at(i, count);
       if (!even) gap = times(q_i, gap);
